@@ -1,0 +1,41 @@
+"""What hardware a tensor lives on: its architecture, and the guard a launch runs under."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_NO_GUARD = nullcontext()
+
+
+@lru_cache(maxsize=64)
+def arch(device: torch.device) -> int | None:
+    """Compute capability times ten (90 for Hopper) of an NVIDIA device; None for anything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 on anything else, so that several programs run in tests too."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def guard(x: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU current for a launch; costs nothing where it is current already."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NO_GUARD
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter: TRITON_INTERPRET, read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")

@@ -1,0 +1,250 @@
+"""rms_norm: the public function, its backends, and the only validation of its arguments."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from swathe.kernels.core.cpp import why_unavailable
+from swathe.kernels.core.device import interpreting
+from swathe.kernels.core.errors import did_you_mean
+from swathe.kernels.core.launch import why_no_triton
+from swathe.kernels.core.registry import (
+    AUTO,
+    Backend,
+    Choice,
+    Prefer,
+    register_backend,
+    resolve,
+    set_preference,
+)
+from swathe.kernels.core.spec import ANY, FLOATS, FLOATS_AND_DOUBLE, Capabilities, Spec
+from swathe.kernels.norm.op import fused
+
+OP = "rms_norm"
+CASTINGS = ("llama", "gemma", "fp32")
+Casting = Literal["llama", "gemma", "fp32"]
+
+_choices: dict[tuple[object, ...], Choice] = {}
+
+
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = ...,
+    *,
+    offset: float = ...,
+    casting: Casting = ...,
+    residual: None = ...,
+    implementation: str | Choice = ...,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = ...,
+    *,
+    offset: float = ...,
+    casting: Casting = ...,
+    residual: Tensor,
+    implementation: str | Choice = ...,
+) -> tuple[Tensor, Tensor]: ...
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Casting = "llama",
+    residual: Tensor | None = None,
+    implementation: str | Choice = AUTO,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scale each row of `x` to unit root mean square, then by `offset + weight`.
+
+    With a `residual`, x + residual is formed first, in the same pass, and returned as well:
+    `y, h = rms_norm(x, w, residual=r)` is `h = x + r; y = rms_norm(h, w)`.
+
+    Shapes: x, residual, y, h (..., N); weight (N,). eps is in units of x squared.
+    Rounding: statistics and products in fp32 (fp64 for fp64 input on "eager"). casting "llama"
+    rounds the normalised row to the dtype of h before the weight, as HF's LlamaRMSNorm does, and y
+    has the promoted dtype of h and weight; "gemma" (use offset=1) and "fp32" round once, to h's.
+    `implementation` is a backend's name, "auto", or a Choice from `resolve_rms_norm`.
+
+    Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, before anything
+    is launched; UnsupportedFeature or BackendUnavailable for a named backend that cannot serve.
+    Second derivatives and forward-mode AD of fused backends raise.
+    """
+    _validate(x, weight, eps, casting, residual)
+    if isinstance(implementation, Choice):
+        choice = implementation
+        if x.device.type not in choice.devices:
+            raise ValueError(
+                f"rms_norm: x is on {x.device}, but backend {choice.backend!r} was chosen for "
+                f"{sorted(choice.devices)}; choose again with resolve_rms_norm on this device"
+            )
+    else:
+        choice = _cached_choice(x, weight, offset, casting, residual, implementation)
+    return choice.call(x, weight, eps, offset, casting, residual)
+
+
+def resolve_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    implementation: str = AUTO,
+    *,
+    offset: float = 0.0,
+    casting: Casting = "llama",
+    residual: bool = False,
+    grad: bool = True,
+) -> Choice:
+    """Choose a backend once, for calls with tensors like `x` and `weight` (meta tensors will do).
+
+    Raises as `rms_norm` does for a backend that is unknown, unavailable or cannot serve.
+    """
+    spec = _spec(x, weight, offset, casting, residual, grad)
+    return resolve(spec, implementation)
+
+
+def _cached_choice(
+    x: Tensor,
+    weight: Tensor,
+    offset: float,
+    casting: Casting,
+    residual: Tensor | None,
+    implementation: str,
+) -> Choice:
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    added = residual is not None
+    if torch.compiler.is_compiling():
+        return resolve(_spec(x, weight, offset, casting, added, grad), implementation)
+    N, shifted = x.shape[-1], offset != 0
+    key = (x.device, x.dtype, N, weight.dtype, shifted, casting, added, grad, implementation)
+    choice = _choices.get(key)
+    if choice is None:
+        choice = resolve(_spec(x, weight, offset, casting, added, grad), implementation)
+        _choices[key] = choice
+    return choice
+
+
+def _spec(
+    x: Tensor, weight: Tensor, offset: float, casting: Casting, residual: bool, grad: bool
+) -> Spec:
+    return Spec.of(
+        OP,
+        x,
+        size=x.shape[-1],
+        grad=grad,
+        compiled=torch.compiler.is_compiling(),
+        casting=casting,
+        offset=offset != 0,
+        residual=residual,
+        weight_dtype=weight.dtype,
+    )
+
+
+def _validate(x: Tensor, weight: Tensor, eps: float, casting: str, residual: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"rms_norm: x has shape {tuple(x.shape)}; it needs at least one dimension, and a last "
+            "dimension of one or more features"
+        )
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"rms_norm: weight is {tuple(weight.shape)} on {weight.device}; x of shape "
+            f"{tuple(x.shape)} needs a weight of ({x.shape[-1]},) on {x.device}"
+        )
+    if not (x.dtype.is_floating_point and weight.dtype.is_floating_point):
+        raise TypeError(
+            f"rms_norm: x is {x.dtype} and weight is {weight.dtype}; both must be floating point: "
+            "float16, bfloat16, float32, or float64 with implementation='eager'"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        raise ValueError(
+            f"rms_norm: residual is {tuple(residual.shape)} on {residual.device}; it must be "
+            f"{tuple(x.shape)} on {x.device} like x (expand it yourself if it is to be broadcast)"
+        )
+    if residual is not None and not residual.dtype.is_floating_point:
+        raise TypeError(f"rms_norm: residual is {residual.dtype}; it must be floating point")
+    if casting not in CASTINGS:
+        raise ValueError(
+            f"rms_norm: casting={casting!r}{did_you_mean(casting, CASTINGS)}; allowed: {CASTINGS}"
+        )
+    if not eps >= 0:
+        raise ValueError(f"rms_norm: eps={eps}; it must be a number of zero or more")
+
+
+def _mixed_with_double(spec: Spec) -> list[str]:
+    weight_dtype = dict(spec.features)["weight_dtype"]
+    return [] if weight_dtype == spec.dtype else [f"needs a weight of {spec.dtype}, like x"]
+
+
+_FUSED = {
+    "casting": frozenset(CASTINGS),
+    "offset": ANY,
+    "residual": ANY,
+    "weight_dtype": frozenset(FLOATS),
+}
+
+register_backend(
+    Backend(
+        OP,
+        "eager",
+        load=lambda: import_module("swathe.kernels.norm.eager").rms_norm,
+        capabilities=Capabilities(
+            devices=frozenset({"cpu", "cuda", "meta"}),
+            dtypes=FLOATS_AND_DOUBLE,
+            features={**_FUSED, "weight_dtype": ANY},
+        ),
+    )
+)
+register_backend(
+    Backend(
+        OP,
+        "torch",
+        load=lambda: import_module("swathe.kernels.norm._torch").rms_norm,
+        capabilities=Capabilities(
+            devices=frozenset({"cpu", "cuda", "meta"}),
+            dtypes=FLOATS_AND_DOUBLE,
+            # with a residual, autograd would round dx once more than the contract allows
+            features={"casting": frozenset({"fp32"}), "weight_dtype": ANY},
+        ),
+        limits=_mixed_with_double,
+    )
+)
+register_backend(
+    Backend(
+        OP,
+        "cpp",
+        load=lambda: fused("cpp", "swathe.kernels.norm._cpp"),
+        capabilities=Capabilities(
+            devices=frozenset({"cpu"}), dtypes=FLOATS, features=_FUSED, graph_capture=False
+        ),
+        missing=why_unavailable,
+    )
+)
+register_backend(
+    Backend(
+        OP,
+        "triton",
+        load=lambda: fused("triton", "swathe.kernels.norm._triton"),
+        capabilities=Capabilities(
+            devices=frozenset({"cuda", "cpu"} if interpreting() else {"cuda"}),
+            dtypes=FLOATS,
+            features=_FUSED,
+            min_arch=80,
+        ),
+        missing=why_no_triton,
+    )
+)
+set_preference(
+    OP,
+    [
+        Prefer(("triton", "torch", "eager"), device="cuda"),
+        Prefer(("cpp", "torch", "eager"), device="cpu"),
+        Prefer(("eager",)),
+    ],
+)
