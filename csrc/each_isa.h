@@ -1,0 +1,57 @@
+// Compiles the file SWATHE_BODY once for each instruction set, in a namespace of that name.
+//
+// Define SWATHE_BODY before including this. The body marks its functions SWATHE_TARGET (or
+// SWATHE_INLINE for helpers) and uses the vectors of vec.h; lambdas do not inherit a target, so a
+// body has none. Threads and dispatch stay outside, in plain code.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SWATHE_INLINE SWATHE_TARGET static inline __attribute__((always_inline))
+
+#define SWATHE_TARGET
+#define SWATHE_LANES 4
+#define SWATHE_F16C 0
+namespace swathe {
+namespace portable {
+#include "vec.h"
+#include SWATHE_BODY
+}  // namespace portable
+}  // namespace swathe
+#undef SWATHE_TARGET
+#undef SWATHE_LANES
+#undef SWATHE_F16C
+
+#if defined(__x86_64__)
+#define SWATHE_TARGET __attribute__((target("avx2,f16c")))
+#define SWATHE_LANES 8
+#define SWATHE_F16C 1
+namespace swathe {
+namespace avx2 {
+#include "vec.h"
+#include SWATHE_BODY
+}  // namespace avx2
+}  // namespace swathe
+#undef SWATHE_TARGET
+#undef SWATHE_LANES
+#undef SWATHE_F16C
+
+#define SWATHE_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c")))
+#define SWATHE_LANES 16
+#define SWATHE_F16C 1
+namespace swathe {
+namespace avx512 {
+#include "vec.h"
+#include SWATHE_BODY
+}  // namespace avx512
+}  // namespace swathe
+#undef SWATHE_TARGET
+#undef SWATHE_LANES
+#undef SWATHE_F16C
+#endif
+
+#undef SWATHE_INLINE

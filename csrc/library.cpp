@@ -1,0 +1,17 @@
+// What the library says about itself.
+#include "abi.h"
+#include "isa.h"
+
+SWATHE_API int32_t swathe_abi_version() { return SWATHE_ABI_VERSION; }
+
+// Number of the widest instruction set that this processor runs: 0 portable, 1 AVX2, 2 AVX-512.
+SWATHE_API int32_t swathe_isa() { return swathe::use_isa(-1); }
+
+// 1 if the library was compiled with OpenMP, else every call runs on one thread.
+SWATHE_API int32_t swathe_threaded() {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}

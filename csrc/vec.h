@@ -1,0 +1,118 @@
+// Vectors of SWATHE_LANES floats, and their loads, stores and roundings from every storage type.
+//
+// Included by each_isa.h once for each instruction set, hence no include guard. The vectors are the
+// compilers' own extension: arithmetic needs no intrinsics, and where the hardware is narrower the
+// compiler splits them. Rounding is to nearest, ties to even; NaN stays NaN.
+
+typedef float vf __attribute__((vector_size(4 * SWATHE_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * SWATHE_LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
+
+constexpr int lanes = SWATHE_LANES;
+
+SWATHE_INLINE vf splat(float value) { return value - vf{}; }
+
+SWATHE_INLINE vf floats_of(vu bits) {
+  vf out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+SWATHE_INLINE vu bits_of(vf values) {
+  vu out;
+  std::memcpy(&out, &values, sizeof out);
+  return out;
+}
+
+SWATHE_INLINE vf widen(vh half, bf16) { return floats_of(__builtin_convertvector(half, vu) << 16); }
+
+SWATHE_INLINE vh narrow(vf values, bf16) {
+  const vu bits = bits_of(values);
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu is_nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
+  return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), vh);
+}
+
+SWATHE_INLINE vf widen(vh half, f16) {
+#if SWATHE_F16C && SWATHE_LANES == 16
+  return (vf)_mm512_cvtph_ps((__m256i)half);
+#elif SWATHE_F16C
+  return (vf)_mm256_cvtph_ps((__m128i)half);
+#else
+  // exponent and mantissa moved into place, then scaled by 2^112, which also mends subnormals
+  const vu bits = __builtin_convertvector(half, vu);
+  const vf scaled = floats_of((bits & 0x7fff) << 13) * 0x1p112f;
+  const vu special = (vu)((bits & 0x7c00) == 0x7c00);
+  return floats_of(bits_of(scaled) | (special & 0x7f800000) | ((bits & 0x8000) << 16));
+#endif
+}
+
+SWATHE_INLINE vh narrow(vf values, f16) {
+#if SWATHE_F16C && SWATHE_LANES == 16
+  return (vh)_mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT);
+#elif SWATHE_F16C
+  return (vh)_mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vu bits = bits_of(values), sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+  // normal numbers: rebias the exponent and round 13 bits away
+  const vu normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+  // subnormal results: adding 0.5 lets the adder round at the right place
+  const vu small = bits_of(floats_of(size) + 0.5f) - 0x3f000000;
+  const vu is_small = (vu)(size < 0x38800000), is_large = (vu)(size >= 0x477ff000);
+  const vu is_nan = (vu)(size > 0x7f800000);
+  vu out = (is_small & small) | (~is_small & normal);
+  out = (is_large & 0x7c00) | (~is_large & out);
+  out = (is_nan & 0x7e00) | (~is_nan & out);
+  return __builtin_convertvector(out | sign, vh);
+#endif
+}
+
+SWATHE_INLINE vf load(const float* p) {
+  vf out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+
+template <class T>
+SWATHE_INLINE vf load(const T* p) {
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  return widen(half, T{});
+}
+
+SWATHE_INLINE void store(float* p, vf values) { std::memcpy(p, &values, sizeof values); }
+
+template <class T>
+SWATHE_INLINE void store(T* p, vf values) {
+  const vh half = narrow(values, T{});
+  std::memcpy(p, &half, sizeof half);
+}
+
+// The last `count` < lanes elements of a row; the other lanes are 0.
+template <class T>
+SWATHE_INLINE vf load_part(const T* p, int64_t count) {
+  T padded[lanes] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+SWATHE_INLINE void store_part(T* p, vf values, int64_t count) {
+  T padded[lanes];
+  store(padded, values);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+// `values` as they are after a store to T and a load.
+SWATHE_INLINE vf rounded(vf values, float) { return values; }
+
+template <class T>
+SWATHE_INLINE vf rounded(vf values, T type) {
+  return widen(narrow(values, type), type);
+}
+
+SWATHE_INLINE double sum(vf values) {
+  double total = 0;
+  for (int lane = 0; lane < lanes; ++lane) total += values[lane];
+  return total;
+}

@@ -1,0 +1,440 @@
+"""RMSNorm on every backend: the numerical contract, invariances, layouts and refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import swathe
+from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
+from swathe.kernels.core.registry import registered
+from swathe.kernels.norm import eager
+from swathe.kernels.norm.api import CASTINGS, resolve_rms_norm, rms_norm
+from swathe.kernels.norm.contract import Problem, check_backend
+from swathe.kernels.norm.shapes import EDGES, Shape
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FUSED = [
+    name
+    for name in ("triton", "cpp")
+    if DEVICE in registered("rms_norm")[name].capabilities.devices
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=FUSED)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("casting", CASTINGS)
+def test_contract(backend: str, casting: str, dtype: torch.dtype) -> None:
+    report = check_backend(backend, device=DEVICE, dtypes=(dtype,), castings=(casting,))
+    assert {row["dtype"] for row in report.rows()} == {str(dtype).removeprefix("torch.")}
+
+
+def test_contract_of_torch_backend() -> None:
+    check_backend("torch", device=DEVICE, castings=("fp32",), residuals=(False,))
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_weight_dtype_is_independent(backend: str, weight_dtype: torch.dtype) -> None:
+    for dtype in DTYPES:
+        for casting in CASTINGS:
+            problem = Problem.random(
+                Shape("mixed", 9, 200), dtype, seed=3, device=DEVICE, casting=casting, weight_dtype=weight_dtype
+            )  # fmt: skip
+            ours, gold = problem.run(backend), problem.reference()
+            for name in ("y", "dx", "dw"):
+                assert ours[name].dtype == gold[name].dtype, name
+                scale = gold[name].abs().max()
+                assert (ours[name] - gold[name]).abs().max() <= 0.02 * scale
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
+def test_residual_dtype_is_independent(
+    backend: str, x_dtype: torch.dtype, residual_dtype: torch.dtype
+) -> None:
+    x, r = rows(5, 96, dtype=x_dtype), rows(5, 96, dtype=residual_dtype, seed=1)
+    x.requires_grad_()
+    r.requires_grad_()
+    weight = torch.ones(96, device=DEVICE, dtype=x_dtype)
+    y, h = rms_norm(x, weight, residual=r, implementation=backend)
+    assert torch.equal(h, x + r) and h.dtype == (x + r).dtype
+    assert torch.equal(y, rms_norm(h.detach(), weight, implementation=backend))
+    (y.float().square().sum() + h.float().sum()).backward()
+    assert x.grad is not None and r.grad is not None
+    assert (x.grad.dtype, r.grad.dtype) == (x_dtype, residual_dtype)
+    assert (
+        torch.equal(x.grad.to(h.dtype).to(x_dtype), r.grad.to(x_dtype)) or x_dtype != residual_dtype
+    )
+
+
+@pytest.mark.parametrize("casting", CASTINGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounds_like_hf_bit_for_bit(backend: str, casting: str, dtype: torch.dtype) -> None:
+    # small integers: the sum of squares is exact in any order, so every rounding must agree
+    x = torch.randint(-8, 9, (64, 256), generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = rows(256, dtype=dtype, seed=1)
+    offset = 1.0 if casting == "gemma" else 0.0
+    ours = rms_norm(x.to(DEVICE), weight, offset=offset, casting=casting, implementation=backend)
+    theirs = eager.rms_norm(x.to(DEVICE), weight, 1e-6, offset, casting, None)
+    if DEVICE == "cpu":
+        assert torch.equal(ours, theirs)
+    else:  # a GPU's rsqrt is approximate, in eager too
+        assert (ours != theirs).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_row_is_the_same_alone_and_in_any_batch(backend: str, residual: bool) -> None:
+    for N in (37, 576, 1024, 8200):
+        problem = Problem.random(
+            Shape("batch", 12, N), torch.bfloat16, seed=N, device=DEVICE, residual=residual
+        )
+        whole = problem.run(backend)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(N))
+        shuffled = _take(problem, order).run(backend)
+        alone = _take(problem, torch.tensor([7])).run(backend)
+        for name in ("y", "dx"):
+            assert torch.equal(shuffled[name], whole[name][order]), (name, N)
+            assert torch.equal(alone[name], whole[name][7:8]), (name, N)
+
+
+def _take(problem: Problem, index: Tensor) -> Problem:
+    picked = copy.copy(problem)
+    for name in ("x", "dy", "residual", "dh"):
+        value = getattr(problem, name)
+        if value is not None:
+            object.__setattr__(picked, name, value[index.to(value.device)])
+    return picked
+
+
+def test_reruns_are_bit_equal(backend: str) -> None:
+    problem = Problem.random(Shape("rerun", 50, 515), torch.bfloat16, seed=0, device=DEVICE)
+    first = problem.run(backend)
+    for _ in range(3):
+        again = problem.run(backend)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_row_stays_in_its_row(backend: str, bad: float) -> None:
+    for N in (64, 1025, 33001):
+        clean = Problem.random(Shape("nan", 6, N), torch.float32, seed=N, device=DEVICE)
+        x = clean.x.clone()
+        x[2, N // 2] = bad
+        dirty = copy.copy(clean)
+        object.__setattr__(dirty, "x", x)
+        before, after = clean.run(backend), dirty.run(backend)
+        others = [0, 1, 3, 4, 5]
+        for name in ("y", "dx"):
+            assert torch.equal(before[name][others], after[name][others])
+        assert not torch.isfinite(after["y"][2]).all()
+
+
+@pytest.mark.parametrize("casting", ["fp32", "gemma"])
+def test_scaling_by_powers_of_two_is_exact(backend: str, casting: str) -> None:
+    x, weight = rows(8, 300, dtype=torch.bfloat16), rows(300, dtype=torch.bfloat16, seed=1)
+    plain = rms_norm(x, weight, 1e-6, casting=casting, implementation=backend)
+    scaled = rms_norm(x * 8, weight, 64e-6, casting=casting, implementation=backend)
+    assert torch.equal(plain, scaled)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, 1),
+    "every_other_row": lambda t: t[:, ::2],
+    "part_of_the_features": lambda t: t[..., 3:70],
+    "offset_by_one": lambda t: t.flatten()[1 : 1 + 5 * 64].view(5, 64),
+    "expanded": lambda t: t[:1, :1].expand(3, 4, -1),
+    "features_not_adjacent": lambda t: t.transpose(0, 2),
+    "one_row": lambda t: t[:, -1:],
+    "one_dimension": lambda t: t[0, 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_give_what_contiguous_gives(backend: str, layout: str, dtype: torch.dtype) -> None:
+    view = LAYOUTS[layout](rows(4, 6, 96, dtype=dtype))
+    weight, dy = rows(view.shape[-1], dtype=dtype, seed=1), LAYOUTS[layout](rows(4, 6, 96, seed=2))
+    results = []
+    for x, grad in ((view, dy), (view.contiguous(), dy.contiguous())):
+        x, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y, h = rms_norm(x, w, casting="fp32", residual=x * 0.5, implementation=backend)
+        results.append(
+            (y, h, *torch.autograd.grad((y, h), (x, w), (grad.to(dtype), grad.to(dtype))))
+        )
+    for strided, contiguous in zip(*results, strict=True):
+        assert torch.equal(strided, contiguous)
+
+
+def test_inputs_are_left_alone(backend: str) -> None:
+    problem = Problem.random(
+        Shape("kept", 7, 130), torch.bfloat16, seed=0, device=DEVICE, residual=True
+    )
+    before = [
+        t.clone() for t in (problem.x, problem.weight, problem.dy, problem.residual, problem.dh)
+    ]
+    problem.run(backend)
+    after = (problem.x, problem.weight, problem.dy, problem.residual, problem.dh)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@given(M=st.integers(0, 9), N=st.integers(1, 300), seed=st.integers(0, 99), residual=st.booleans(),
+       dtype=st.sampled_from(DTYPES), amplitude=st.sampled_from([1e-3, 1.0, 30.0]))  # fmt: skip
+def test_any_shape_stays_within_its_roundings(
+    M: int, N: int, seed: int, residual: bool, dtype: torch.dtype, amplitude: float
+) -> None:
+    from swathe.kernels.core.testing import elementwise_miss
+
+    for name in FUSED:
+        problem = Problem.random(
+            Shape("drawn", M, N), dtype, seed=seed, device=DEVICE, residual=residual, amplitude=amplitude
+        )  # fmt: skip
+        ours, gold, sizes = (
+            problem.run(name),
+            problem.reference(torch.float64),
+            problem.magnitudes(),
+        )
+        for key in ("y", "dx", "dw"):
+            assert elementwise_miss(key, ours[key], gold[key], sizes[key]) is None
+
+
+def test_gradcheck_of_the_definition() -> None:
+    x, weight, r = (rows(*s).double().requires_grad_() for s in ((3, 17), (17,), (3, 17)))
+    for casting in CASTINGS:
+        assert torch.autograd.gradcheck(
+            lambda *t, c=casting: eager.rms_norm(t[0], t[1], 1e-6, 0.5, c, t[2]), (x, weight, r)
+        )
+
+
+def test_double_runs_on_eager_and_names_what_cannot(backend: str) -> None:
+    x, weight = rows(3, 8).double(), rows(8).double()
+    assert rms_norm(x, weight).dtype == torch.float64
+    with pytest.raises(
+        UnsupportedFeature, match=r"takes bfloat16 or float16 or float32, not float64.*'eager'"
+    ):
+        rms_norm(x, weight, implementation=backend)
+
+
+def test_only_part_of_the_outputs_used(backend: str) -> None:
+    x, r, w = (
+        rows(4, 32).requires_grad_(),
+        rows(4, 32, seed=1).requires_grad_(),
+        rows(32).requires_grad_(),
+    )
+    _, h = rms_norm(x, w, residual=r, implementation=backend)
+    h.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x)) and torch.equal(r.grad, torch.ones_like(r))
+    assert torch.equal(w.grad, torch.zeros_like(w))
+    x.grad = None
+    y, _ = rms_norm(x, w.detach(), residual=r.detach(), implementation=backend)
+    y.sum().backward()
+    expected = x.detach().clone().requires_grad_()
+    eager.rms_norm(expected + r.detach(), w.detach(), 1e-6, 0.0, "llama", None).sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_second_derivatives_and_forward_mode_raise(backend: str) -> None:
+    x, w = rows(2, 8).requires_grad_(), rows(8)
+    (dx,) = torch.autograd.grad(rms_norm(x, w, implementation=backend).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(
+            lambda t: rms_norm(t, w, implementation=backend), (x.detach(),), (x.detach(),)
+        )
+
+
+def test_func_transforms(backend: str) -> None:
+    x, w = rows(3, 5, 16), rows(16)
+
+    def norm(t: Tensor) -> Tensor:
+        return rms_norm(t, w, implementation=backend)
+
+    batched = torch.func.vmap(norm)(x)
+    assert torch.equal(batched, norm(x))
+    gradient = torch.func.grad(lambda t: norm(t).square().sum())(x)
+    expected = x.clone().requires_grad_()
+    norm(expected).square().sum().backward()
+    assert torch.equal(gradient, expected.grad)
+    with pytest.raises(NotImplementedError, match="implementation='eager'"):
+        torch.func.vmap(lambda weight: rms_norm(x, weight, implementation=backend))(rows(4, 16))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_bitwise(backend: str, reentrant: bool) -> None:
+    def block(t: Tensor) -> Tensor:
+        y, h = rms_norm(t * 2, weight, residual=t, implementation=backend)
+        return y + h
+
+    weight = rows(48, dtype=torch.bfloat16, seed=1).requires_grad_()
+    grads = []
+    for wrap in (False, True):
+        x = rows(6, 48, dtype=torch.bfloat16).requires_grad_()
+        weight.grad = None
+        out = checkpoint(block, x, use_reentrant=reentrant) if wrap else block(x)
+        out.float().square().sum().backward()
+        grads.append((x.grad, weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("casting", CASTINGS)
+def test_autocast_changes_nothing_that_eager_does_not(backend: str, casting: str) -> None:
+    for dtype in DTYPES[:2]:
+        x, w = rows(4, 64, dtype=dtype), rows(64)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            ours = rms_norm(x, w, casting=casting, implementation=backend)
+            theirs = eager.rms_norm(x, w, 1e-6, 0.0, casting, None)
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiles_to_one_graph(backend: str, residual: bool) -> None:
+    def layer(t: Tensor, w: Tensor) -> Tensor:
+        if not residual:
+            return rms_norm(t, w, implementation=backend) * 2
+        y, h = rms_norm(t, w, residual=t * 3, implementation=backend)
+        return y + h
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for M in (4, 7, 9):
+        results = []
+        for function in (layer, compiled):
+            x, w = rows(M, 40).requires_grad_(), rows(40, seed=1).requires_grad_()
+            y = function(x, w)
+            results.append((y, *torch.autograd.grad(y.square().sum(), (x, w))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_trace_names_the_backend(backend: str) -> None:
+    graphs = []
+
+    def spy(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compile(lambda t, w: rms_norm(t, w, implementation=backend), backend=spy, fullgraph=True)(
+        rows(2, 8), rows(8)
+    )
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert f"swathe.rms_norm_fwd.{backend}" in targets
+
+
+def test_opcheck(backend: str) -> None:
+    x, w, dy = rows(3, 24), rows(24), rows(3, 24, seed=2)
+    ops = torch.ops.swathe
+    resolve_rms_norm(x, w, backend)
+    y, rstd = getattr(ops.rms_norm_fwd, backend)(x, w, 1e-6, 0.0, "llama")
+    assert y.shape == x.shape
+    tests = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )
+    for op, args in (
+        (ops.rms_norm_fwd, (x, w, 1e-6, 0.0, "llama")),
+        (ops.add_rms_norm_fwd, (x, dy, w, 1e-6, 0.0, "llama")),
+        (ops.rms_norm_bwd, (dy, x, w, rstd, None, 0.0)),
+        (ops.rms_norm_bwd, (dy, x, w, rstd, dy, 0.0)),
+    ):
+        torch.library.opcheck(getattr(op, backend), args, test_utils=tests)
+
+
+def test_export(backend: str) -> None:
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(rows(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return rms_norm(x, self.weight, implementation=backend)
+
+    module, x = Norm(), rows(4, 16)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("M")}})
+    assert torch.equal(program.module()(rows(9, 16, seed=4)), module(rows(9, 16, seed=4)))
+
+
+def test_meta_tensors_take_the_definition() -> None:
+    y = swathe.rms_norm(torch.empty(3, 8, device="meta"), torch.empty(8, device="meta"))
+    assert y.shape == (3, 8) and y.device.type == "meta"
+
+
+BAD = {
+    "a scalar": (lambda: rms_norm(torch.tensor(1.0), torch.ones(1)), ValueError, "at least one dimension"),
+    "no features": (lambda: rms_norm(torch.ones(2, 0), torch.ones(0)), ValueError, "one or more features"),
+    "weight size": (lambda: rms_norm(torch.ones(2, 8), torch.ones(4)), ValueError, r"weight is \(4,\).*\(8,\)"),
+    "weight device": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8, device="meta")), ValueError, "on meta.*on cpu"
+    ),
+    "integers": (lambda: rms_norm(torch.ones(2, 8, dtype=torch.int32), torch.ones(8)), TypeError, "torch.int32"),
+    "residual shape": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8), residual=torch.ones(8)), ValueError, r"residual is \(8,\)"
+    ),
+    "residual dtype": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8), residual=torch.ones(2, 8).int()), TypeError, "residual is"
+    ),
+    "casting": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8), casting="lama"), ValueError, "did you mean 'llama'"
+    ),
+    "eps": (lambda: rms_norm(torch.ones(2, 8), torch.ones(8), eps=-1.0), ValueError, "eps=-1.0"),
+    "nan eps": (lambda: rms_norm(torch.ones(2, 8), torch.ones(8), eps=float("nan")), ValueError, "eps=nan"),
+    "backend name": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8), implementation="trion"), ValueError, "did you mean 'triton'"
+    ),
+    "torch with llama's rounding": (
+        lambda: rms_norm(torch.ones(2, 8), torch.ones(8), implementation="torch"), UnsupportedFeature, "casting='fp32'"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refusals(case: str) -> None:
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_choice_on_another_device_is_refused() -> None:
+    choice = resolve_rms_norm(torch.ones(1, 8), torch.ones(8), "eager")
+    moved = type(choice)(choice.op, "elsewhere", choice.call, frozenset({"cuda"}), "elsewhere")
+    x = torch.ones(1, 8, device="meta")
+    with pytest.raises(ValueError, match="x is on meta.*chosen for \\['cuda'\\]"):
+        rms_norm(x, torch.ones(8, device="meta"), implementation=moved)
+
+
+def test_missing_backend_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from swathe.kernels.core.registry import _backends
+
+    absent = replace(registered("rms_norm")["cpp"], missing=lambda: "csrc was not compiled")
+    monkeypatch.setitem(_backends["rms_norm"], "cpp", absent)
+    x, w = torch.ones(2, 8), torch.ones(8)
+    with pytest.raises(BackendUnavailable, match="csrc was not compiled.*'eager'"):
+        rms_norm(x, w, implementation="cpp")
+    assert resolve_rms_norm(x, w, casting="fp32").backend == "torch"
+    assert resolve_rms_norm(x, w, casting="llama").backend == "eager"
+
+
+def test_shapes_cover_both_kinds_of_kernel() -> None:
+    from swathe.kernels.norm._triton import ROW_LIMIT_BACKWARD, ROW_LIMIT_FORWARD
+
+    widths = [shape.N for shape in EDGES]
+    for limit in (ROW_LIMIT_FORWARD, ROW_LIMIT_BACKWARD):
+        assert any(N == limit for N in widths) and any(N > limit for N in widths)
