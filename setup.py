@@ -10,6 +10,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
+flags.append("-Wno-maybe-uninitialized")  # of the compiler's own intrinsics
 link = []
 if sys.platform == "darwin":
     link = ["-undefined", "dynamic_lookup"]

@@ -269,6 +269,7 @@ def _launch_forward(
     if M == 0:
         return
     x, x_stride = as_rows(x)
+    weight = weight.contiguous()
     r, r_stride = (x, x_stride) if residual is None else as_rows(residual)
     launcher = _forward_rows_at if N <= ROW_LIMIT_FORWARD else _forward_wide_at
     block_m, block_n, warps = forward_blocks(N)
@@ -293,6 +294,7 @@ def backward(
         return dx, dw.zero_()
     dy, dy_stride = as_rows(dy)
     h, h_stride = as_rows(h)
+    weight = weight.contiguous()
     d, d_stride = (dy, dy_stride) if dh is None else as_rows(dh)
     tensors = (dy, h, weight, rstd, d, dx)
     strides = (dy_stride, h_stride, d_stride, N)

@@ -1,0 +1,93 @@
+"""The C++ library of csrc/: found, loaded with ctypes, its ABI version checked, its types declared.
+
+The library is compiled with OpenMP and linked to no OpenMP runtime: loading it after torch binds
+its symbols to the runtime that torch brought along, so there is one pool of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sysconfig
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import swathe
+from swathe.kernels.core.errors import BackendUnavailable
+
+ABI_VERSION = 1  # csrc/abi.h: SWATHE_ABI_VERSION
+ISAS = ("portable", "avx2", "avx512")
+TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NO_TENSOR = 3
+_REBUILD = "run `pip install -e .` (or `pip install .`) again where a C++ compiler is installed"
+
+_p, _i, _n, _f = c_void_p, c_int32, c_int64, c_float
+# argument types of every entry point, in the order of csrc/*.cpp
+_SIGNATURES = {
+    "swathe_abi_version": [],
+    "swathe_isa": [],
+    "swathe_threaded": [],
+    "swathe_rms_norm_forward": [*[_p] * 6, *[_i] * 4, *[_n] * 4, _f, _f, _i, _i, _i],
+    "swathe_rms_norm_backward": [*[_p] * 7, *[_i] * 3, *[_n] * 5, _f, _i, _i],
+}
+
+
+def library_path() -> Path | None:
+    """Where the compiled library lies in this installation, or None."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
+    for folder in swathe.__path__:
+        path = Path(folder) / f"_csrc{suffix}"
+        if path.is_file():
+            return path
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load and check a library; BackendUnavailable says what is wrong with it."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailable(f"{path.name} cannot be loaded: {error}; {_REBUILD}") from error
+    if not hasattr(loaded, "swathe_abi_version"):
+        raise BackendUnavailable(f"{path.name} is no swathe library; {_REBUILD}")
+    found = loaded.swathe_abi_version()
+    if found != ABI_VERSION:
+        raise BackendUnavailable(
+            f"{path.name} has ABI version {found}, this swathe needs {ABI_VERSION}: "
+            f"it was built from another version; {_REBUILD}"
+        )
+    for name, types in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = types, c_int32
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _state() -> tuple[ctypes.CDLL | None, str]:
+    path = library_path()
+    if path is None:
+        return None, f"the C++ library was not compiled; {_REBUILD}"
+    try:
+        return load(path), ""
+    except BackendUnavailable as error:
+        return None, str(error)
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library; raises BackendUnavailable with the reason where there is none."""
+    loaded, reason = _state()
+    if loaded is None:
+        raise BackendUnavailable(reason)
+    return loaded
+
+
+def why_unavailable() -> str | None:
+    """Why backend "cpp" cannot be used in this installation, or None."""
+    return _state()[1] or None
+
+
+def isa() -> str:
+    """The instruction set that the library uses here: "avx512", "avx2" or "portable"."""
+    return ISAS[library().swathe_isa()]

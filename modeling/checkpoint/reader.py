@@ -1,0 +1,222 @@
+"""Reading a checkpoint directory: validate everything, then stream tensors into a model.
+
+All structure is checked before a tensor is read, and names, shapes and dtypes of all tensors
+before one is assigned, so a refused checkpoint leaves the model as it was. Tensors are read into
+memory of their own: a file that changes afterwards cannot change or kill the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swathe.modeling.checkpoint.errors import CheckpointError, CheckpointNotFound
+from swathe.modeling.checkpoint.files import Identity, open_regular
+from swathe.modeling.checkpoint.header import TensorInfo
+from swathe.modeling.checkpoint.layout import read_layout
+from swathe.modeling.checkpoint.matching import Match, Strict, match
+from swathe.modeling.checkpoint.progress import Progress
+from swathe.modeling.checkpoint.report import LoadReport
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A validated checkpoint directory: what it holds (`tensors`), read on demand (`read`)."""
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]
+    identities: Mapping[Path, Identity]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Find and validate the weight files of `directory` without reading a tensor.
+
+        Raises CheckpointError with a code (E_PATH, E_SAFETENSORS, E_INDEX, E_MISSING_SHARD, ...)
+        and the file at fault; CheckpointNotFound, also a FileNotFoundError, where nothing is there.
+        """
+        directory = Path(directory)
+        if not directory.exists():
+            raise CheckpointNotFound(
+                "E_MISSING_FILE",
+                f"{directory}: no such directory; give the directory that holds config.json and "
+                "model.safetensors",
+                file=directory,
+            )
+        if not directory.is_dir():
+            raise CheckpointError(
+                "E_NOTDIR",
+                f"{directory}: is a file; give the directory that holds it",
+                file=directory,
+            )
+        headers, metadata = read_layout(directory)
+        tensors = {name: info for header in headers for name, info in header.tensors.items()}
+        if not tensors:
+            raise CheckpointError(
+                "E_EMPTY",
+                f"{headers[0].file}: holds no tensors; save the checkpoint again",
+                file=headers[0].file,
+            )
+        return cls(
+            directory,
+            types.MappingProxyType(tensors),
+            types.MappingProxyType(metadata or dict(headers[0].metadata)),
+            {header.file: header.identity for header in headers},
+        )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` in its stored dtype, on the CPU, in memory of its own.
+
+        Raises KeyError for a name that is not in `tensors`, CheckpointError (E_CHANGED) when the
+        file is no longer the one that was validated.
+        """
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        with open_regular(Path(os.path.realpath(info.file))) as file:
+            if Identity.of(os.fstat(file.fileno())) != self.identities[info.file]:
+                self._changed(info)
+            if info.nbytes:
+                target = (ctypes.c_ubyte * info.nbytes).from_address(tensor.data_ptr())
+                view = memoryview(target).cast("B")
+                file.seek(info.offset)
+                filled = 0
+                while filled < info.nbytes:
+                    got = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                    if not got:
+                        self._changed(info)
+                    filled += got
+        return tensor
+
+    def _changed(self, info: TensorInfo) -> None:
+        raise CheckpointError(
+            "E_CHANGED",
+            f"{info.file}: changed while {info.name!r} was read; wait until whoever writes it is "
+            "done and load again",
+            file=info.file,
+            key=info.name,
+        )
+
+
+def load_into(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    tied: Mapping[str, str],
+    prefix: str,
+    ignore_missing: Sequence[str] = (),
+    ignore_unexpected: Sequence[str] = (),
+    strict: Strict = "head",
+    ignore_mismatched_sizes: bool = False,
+    check_finite: bool = True,
+    progress: bool = True,
+) -> LoadReport:
+    """Give `model`, built on the meta device, the tensors of `checkpoint`.
+
+    `dtype` None keeps each stored dtype. `tied` maps a tied parameter to its source: both become
+    one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
+    the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
+    head parameters as they are and reports them; True lets nothing differ; False lets anything.
+    Peak memory is the model and one tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE,
+    E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    result = match(
+        wanted,
+        checkpoint.tensors,
+        directory=checkpoint.directory,
+        tied=tied,
+        prefix=prefix,
+        ignore_missing=ignore_missing,
+        ignore_unexpected=ignore_unexpected,
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    _require_equal_ties(checkpoint, result)
+    plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    loaded: dict[str, Tensor] = {}
+    with Progress("loading", sum(info.nbytes for _, info in plan), enabled=progress) as bar:
+        for name, info in plan:
+            stored = checkpoint.read(info.name)
+            target = dtype if dtype is not None and wanted[name].is_floating_point() else info.dtype
+            value = stored.to(target)
+            if check_finite:
+                _require_finite(value, stored, info)
+            if target != info.dtype:
+                result.report.cast[name] = (info.dtype, target)
+            loaded[name] = value.to(device)
+            bar.advance(info.nbytes)
+    for name, value in loaded.items():
+        _assign(model, name, value)
+    for name, source in result.report.tied.items():
+        _share(model, name, source)
+    result.report.loaded = len(loaded)
+    return result.report
+
+
+def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
+    """A checkpoint may store both ends of a tie, but only with the same bits."""
+    for name, info in result.both_tied.items():
+        source = result.plan.get(result.report.tied[name])
+        if source is None:
+            continue
+        one, other = checkpoint.read(info.name), checkpoint.read(source.name)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            raise CheckpointError(
+                "E_TIED",
+                f"{info.file}: {info.name!r} and {source.name!r} differ, but the config ties them "
+                "to one parameter; set tie_word_embeddings to false in config.json to keep both",
+                file=info.file,
+                key=info.name,
+            )
+
+
+def _require_finite(value: Tensor, stored: Tensor, info: TensorInfo) -> None:
+    if not value.is_floating_point() or not value.numel() or _is_finite(value):
+        return
+    if value.dtype != stored.dtype and _is_finite(stored):
+        limit = torch.finfo(value.dtype).max
+        raise CheckpointError(
+            "E_OVERFLOW",
+            f"{info.file}: {info.name!r} ({str(stored.dtype).removeprefix('torch.')}) has values "
+            f"beyond {limit:g}, the largest {str(value.dtype).removeprefix('torch.')}; "
+            "load it with dtype=torch.bfloat16 or torch.float32",
+            file=info.file,
+            key=info.name,
+        )
+    raise CheckpointError(
+        "E_NONFINITE",
+        f"{info.file}: {info.name!r} holds NaN or Inf, so the model would too; use an earlier "
+        "checkpoint, or pass check_finite=False to look at this one",
+        file=info.file,
+        key=info.name,
+    )
+
+
+def _is_finite(value: Tensor) -> bool:
+    low, high = torch.aminmax(value.detach())  # NaN goes through both
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = module._parameters.get(leaf)
+    if old is not None:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        module._buffers[leaf] = value
+
+
+def _share(model: nn.Module, name: str, source: str) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)

@@ -1,0 +1,57 @@
+"""What a load did: missing, unexpected, mismatched, tied, cast and ignored tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from swathe.modeling.checkpoint.errors import listing
+
+Shape = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """Names as the model has them, except `unexpected` and `ignored`: as the checkpoint has them.
+
+    `mismatched` holds (name, shape in the checkpoint, shape in the model); `tied` maps a name to
+    the one whose memory it shares; `cast` maps a name to (stored dtype, loaded dtype).
+    """
+
+    loaded: int = 0
+    prefix: str = ""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, Shape, Shape]] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    cast: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The dict that transformers returns for `output_loading_info=True`."""
+        return {
+            "missing_keys": set(self.missing),
+            "unexpected_keys": set(self.unexpected),
+            "mismatched_keys": set(self.mismatched),
+            "error_msgs": [],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.loaded} tensors loaded" + (f", {self.prefix}" if self.prefix else "")]
+        mismatched = [f"{name} {was} -> {now}" for name, was, now in self.mismatched]
+        for what, names in (
+            ("missing (left for initialisation)", self.missing),
+            ("unexpected (not used)", self.unexpected),
+            ("mismatched (left for initialisation)", mismatched),
+            ("ignored", self.ignored),
+        ):
+            if names:
+                lines.append(f"{what}: {listing(names)}")
+        if self.tied:
+            lines.append("tied: " + ", ".join(f"{k} -> {v}" for k, v in self.tied.items()))
+        kinds = sorted({f"{was} -> {now}" for was, now in self.cast.values()})
+        if kinds:
+            lines.append(f"cast: {len(self.cast)} tensors, {', '.join(kinds)}")
+        return "\n".join(lines).replace("torch.", "")
