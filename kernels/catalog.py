@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from swathe.kernels.core.device import arch
 from swathe.kernels.core.registry import preference, registered
-from swathe.kernels.core.spec import Spec, asked_for
+from swathe.kernels.core.spec import Spec
 
 OPS = {
     "attention": "swathe.kernels.attention.api",
@@ -45,8 +44,7 @@ def explain(
     """
     backends(op)
     where = torch.device(device)
-    asked = asked_for(features)
-    spec = Spec(op, where.type, dtype, size, arch(where), grad, compiled, asked)
+    spec = Spec.on(op, where, dtype, size=size, grad=grad, compiled=compiled, **features)
     known = registered(op)
     reasons = {name: backend.check(spec) for name, backend in known.items()}
     chosen = next((name for name in preference(spec) if not reasons[name]), None)

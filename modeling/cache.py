@@ -90,16 +90,19 @@ class DynamicCache:
         """(keys a query of this length will see, position of the first of them)."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
-    def crop(self, tokens_to_keep: int) -> None:
-        """Keep the first `tokens_to_keep` tokens; a negative number drops that many at the end."""
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from the end: `crop(-n)` drops n, as in transformers 5."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"DynamicCache.crop: tokens_to_remove={tokens_to_remove}; pass a negative number, "
+                "-n drops the last n tokens"
+            )
         for layer in self._layers:
-            wanted = tokens_to_keep if tokens_to_keep >= 0 else layer.length + tokens_to_keep
-            layer.length = max(0, min(layer.length, wanted))
+            layer.length = max(0, layer.length + tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget every token and keep the buffers."""
-        for layer in self._layers:
-            layer.length = 0
+        """Forget every token and free the buffers."""
+        self._layers.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""

@@ -49,8 +49,25 @@ class Spec:
         **features: Hashable,
     ) -> Spec:
         """Facts of a call on tensor `x`; features that are None or False are left out."""
-        chosen = arch(x.device)
-        return cls(op, x.device.type, x.dtype, size, chosen, grad, compiled, asked_for(features))
+        return cls.on(op, x.device, x.dtype, size=size, grad=grad, compiled=compiled, **features)
+
+    @classmethod
+    def on(
+        cls,
+        op: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        size: int,
+        grad: bool,
+        compiled: bool = False,
+        **features: Hashable,
+    ) -> Spec:
+        """The same from a device and a dtype, where there is no tensor yet."""
+        asked = tuple(
+            (k, v) for k, v in sorted(features.items()) if v is not None and v is not False
+        )
+        return cls(op, device.type, dtype, size, arch(device), grad, compiled, asked)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -101,15 +118,10 @@ class Capabilities:
         return found
 
 
-def asked_for(features: Mapping[str, Hashable]) -> tuple[tuple[str, Hashable], ...]:
-    """The features that a call really uses, in a fixed order: those neither None nor False."""
-    return tuple((k, v) for k, v in sorted(features.items()) if v is not None and v is not False)
-
-
 def _name(value: object) -> str:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
+    return str(value).removeprefix("torch.") if not isinstance(value, (str, tuple)) else repr(value)
 
 
 def _list(values: object) -> str:
     assert isinstance(values, frozenset)
-    return " or ".join(sorted(v if isinstance(v, str) else _name(v) for v in values))
+    return " or ".join(sorted(map(_name, values)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ OP = "rms_norm"
 CASTINGS = ("llama", "gemma", "fp32")
 Casting = Literal["llama", "gemma", "fp32"]
 
-_choices: dict[tuple[object, ...], Choice] = {}
+_choices: dict[tuple[Any, ...], Choice] = {}
+_traceable: dict[str, Callable[..., Any]] = {}
 
 
 @overload
@@ -86,9 +88,10 @@ def rms_norm(
                 f"rms_norm: x is on {x.device}, but backend {choice.backend!r} was chosen for "
                 f"{sorted(choice.devices)}; choose again with resolve_rms_norm on this device"
             )
+        call = choice.call
     else:
-        choice = _cached_choice(x, weight, offset, casting, residual, implementation)
-    return choice.call(x, weight, eps, offset, casting, residual)
+        call = _chosen(x, weight, offset, casting, residual, implementation)
+    return call(x, weight, eps, offset, casting, residual)
 
 
 def resolve_rms_norm(
@@ -105,45 +108,49 @@ def resolve_rms_norm(
 
     Raises as `rms_norm` does for a backend that is unknown, unavailable or cannot serve.
     """
-    spec = _spec(x, weight, offset, casting, residual, grad)
-    return resolve(spec, implementation)
+    kind = (x.device, x.dtype, x.shape[-1], weight.dtype)
+    key = (*kind, offset != 0, casting, residual, grad, implementation)
+    return _choose(key, compiled=False)
 
 
-def _cached_choice(
+def _chosen(
     x: Tensor,
     weight: Tensor,
     offset: float,
     casting: Casting,
     residual: Tensor | None,
     implementation: str,
-) -> Choice:
+) -> Callable[..., Any]:
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    added = residual is not None
+    shifted, added = offset != 0, residual is not None
+    kind = (x.device, x.dtype, int(x.shape[-1]), weight.dtype)
+    key = (*kind, shifted, casting, added, grad, implementation)
     if torch.compiler.is_compiling():
-        return resolve(_spec(x, weight, offset, casting, added, grad), implementation)
-    N, shifted = x.shape[-1], offset != 0
-    key = (x.device, x.dtype, N, weight.dtype, shifted, casting, added, grad, implementation)
+        return _traceable[_name_while_tracing(key)]
     choice = _choices.get(key)
     if choice is None:
-        choice = resolve(_spec(x, weight, offset, casting, added, grad), implementation)
-        _choices[key] = choice
-    return choice
+        choice = _choices[key] = _choose(key, compiled=False)
+    return choice.call
 
 
-def _spec(
-    x: Tensor, weight: Tensor, offset: float, casting: Casting, residual: bool, grad: bool
-) -> Spec:
-    return Spec.of(
-        OP,
-        x,
-        size=x.shape[-1],
-        grad=grad,
-        compiled=torch.compiler.is_compiling(),
-        casting=casting,
-        offset=offset != 0,
-        residual=residual,
-        weight_dtype=weight.dtype,
-    )
+@torch.compiler.assume_constant_result
+def _name_while_tracing(key: tuple[Any, ...]) -> str:
+    # a graph being traced can hold a name as a constant, but not a Choice
+    choice = _choose(key, compiled=True)
+    _traceable[choice.backend] = choice.call
+    return choice.backend
+
+
+def _choose(key: tuple[Any, ...], compiled: bool) -> Choice:
+    device, dtype, size, weight_dtype, offset, casting, residual, grad, implementation = key
+    features = {
+        "casting": casting,
+        "offset": offset,
+        "residual": residual,
+        "weight_dtype": weight_dtype,
+    }
+    spec = Spec.on(OP, device, dtype, size=size, grad=grad, compiled=compiled, **features)
+    return resolve(spec, implementation)
 
 
 def _validate(x: Tensor, weight: Tensor, eps: float, casting: str, residual: Tensor | None) -> None:

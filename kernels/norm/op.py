@@ -13,11 +13,11 @@ Autograd  first order only: second derivatives and forward mode raise, they are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swathe.kernels.core.op import Op, transformed
 
@@ -34,7 +34,7 @@ def empty_forward(
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised y (x's shape, contiguous) and rstd (M,) in fp32: what a launcher fills."""
     y = torch.empty(x.shape, dtype=output_dtype(x.dtype, weight.dtype, casting), device=x.device)
-    return y, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
+    return y, torch.empty(prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
 
 
 def empty_forward_add(
@@ -117,12 +117,46 @@ def _differentiate(
     if dy is None:
         # y took no part in the loss, so only the residual stream carries a gradient
         return dh, torch.zeros_like(weight) if ctx.needs_weight else None
-    dx, dw = _OPS[ctx.backend][2](_unit_rows(dy), h, weight, rstd, dh, ctx.offset)
+    arguments = (_unit_rows(dy), h, weight, rstd, dh, ctx.offset)
+    if torch.is_grad_enabled() or transformed():
+        dx, dw = _Gradient.apply(*arguments, ctx.backend)
+    else:
+        dx, dw = _OPS[ctx.backend][2](*arguments)
     return dx, dw if ctx.needs_weight else None
 
 
 def _unit_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward as a node of its own, so that a second derivative raises and is never dropped.
+
+    torch's once_differentiable would let it pass where dy itself carries no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        dy: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        rstd: Tensor,
+        dh: Tensor | None,
+        offset: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return _OPS[backend][2](dy, h, weight, rstd, dh, offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.backend = inputs[-1]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError(
+            f"rms_norm: backend {ctx.backend!r} provides first derivatives only; use "
+            "implementation='eager' to differentiate twice"
+        )
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -141,7 +175,6 @@ class _RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         dx, dw = _differentiate(ctx, dy, None)
         return dx, dw, None, None, None, None
@@ -177,7 +210,6 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(h, weight, rstd)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:

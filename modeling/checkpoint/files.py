@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from swathe.modeling.checkpoint.errors import CheckpointError, CheckpointNotFound
 
@@ -85,11 +85,11 @@ def resolve_inside(directory: Path, name: str, *, key: str | None = None) -> Pat
     return real
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.FileIO:
     """Open an already resolved path for unbuffered reading; never waits on a FIFO or a device."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     try:
-        descriptor = os.open(path, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise CheckpointError(
             "E_UNREADABLE", f"{path}: cannot be opened ({error.strerror})", file=path
@@ -97,7 +97,7 @@ def open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError("E_NOTFILE", f"{path}: is not a regular file", file=path)
-    return os.fdopen(descriptor, "rb", buffering=0)
+    return io.FileIO(descriptor, "rb")
 
 
 def read_small(path: Path, cap: int, code: str) -> bytes:

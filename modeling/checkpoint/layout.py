@@ -92,8 +92,8 @@ def _default_name(directory: Path) -> str:
     if pickles:
         raise CheckpointError(
             "E_PICKLE",
-            f"{directory}: has only pickled weights ({listing(pickles, limit=4)}); only .safetensors "
-            "is read, because unpickling can run code. If you trust them, convert once with "
+            f"{directory}: has only pickled weights ({listing(pickles, limit=4)}); only "
+            ".safetensors is read, because unpickling can run code. If you trust it, convert with "
             "transformers: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir)",
             file=directory / pickles[0],
         )
@@ -183,8 +183,8 @@ def _check_against_index(headers: list[Header], weight_map: Mapping[str, str], i
     if wrong:
         raise CheckpointError(
             "E_INDEX_MISMATCH",
-            f"{index}: the index and the shards disagree on {len(wrong)} tensors: {listing(wrong)}; "
-            "they come from different checkpoints, so download or save them again",
+            f"{index}: the index and the shards disagree on {len(wrong)} tensors: {listing(wrong)}"
+            "; they come from different checkpoints, so download or save them again",
             file=index,
             key=wrong[0].partition(" (")[0],
         )

@@ -217,7 +217,7 @@ def _raise(directory: Path, problems: list[Problem]) -> None:
         "E_KEYS": "use the model class and config of this checkpoint, ignore_missing=[...] or "
         "ignore_unexpected=[...] for names that may differ, or strict=False to accept anything",
         "E_SHAPE": "make config.json agree with the weights",
-        "E_DTYPE": "quantised checkpoints are not supported: save it in float32, bfloat16 or float16",
+        "E_DTYPE": "quantised checkpoints are not supported: save it in float32 or bfloat16",
     }[code]
     keys = [key for _, key, _ in problems if key]
     raise CheckpointError(

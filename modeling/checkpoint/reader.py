@@ -79,7 +79,7 @@ class Checkpoint:
         file is no longer the one that was validated.
         """
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")  # even in a meta context
         with open_regular(Path(os.path.realpath(info.file))) as file:
             if Identity.of(os.fstat(file.fileno())) != self.identities[info.file]:
                 self._changed(info)
@@ -89,7 +89,7 @@ class Checkpoint:
                 file.seek(info.offset)
                 filled = 0
                 while filled < info.nbytes:
-                    got = file.readinto(view[filled:])  # type: ignore[attr-defined]
+                    got = file.readinto(view[filled:])
                     if not got:
                         self._changed(info)
                     filled += got
@@ -129,6 +129,10 @@ def load_into(
     Peak memory is the model and one tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE,
     E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(
+            f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
+        )
     wanted = model.state_dict(keep_vars=True)
     result = match(
         wanted,

@@ -17,6 +17,7 @@ from swathe.kernels.core.registry import registered
 from swathe.kernels.norm import eager
 from swathe.kernels.norm.api import CASTINGS, resolve_rms_norm, rms_norm
 from swathe.kernels.norm.contract import Problem, check_backend
+from swathe.kernels.norm.op import output_dtype
 from swathe.kernels.norm.shapes import EDGES, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,11 +56,16 @@ def test_weight_dtype_is_independent(backend: str, weight_dtype: torch.dtype) ->
             problem = Problem.random(
                 Shape("mixed", 9, 200), dtype, seed=3, device=DEVICE, casting=casting, weight_dtype=weight_dtype
             )  # fmt: skip
-            ours, gold = problem.run(backend), problem.reference()
-            for name in ("y", "dx", "dw"):
-                assert ours[name].dtype == gold[name].dtype, name
+            ours, gold = problem.run(backend), problem.reference(torch.float64)
+            dtypes = {
+                "y": output_dtype(dtype, weight_dtype, casting),
+                "dx": dtype,
+                "dw": weight_dtype,
+            }
+            for name, expected in dtypes.items():
+                assert ours[name].dtype == expected, name
                 scale = gold[name].abs().max()
-                assert (ours[name] - gold[name]).abs().max() <= 0.02 * scale
+                assert (ours[name].double() - gold[name]).abs().max() <= 0.01 * scale
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=str)
@@ -250,7 +256,7 @@ def test_only_part_of_the_outputs_used(backend: str) -> None:
 def test_second_derivatives_and_forward_mode_raise(backend: str) -> None:
     x, w = rows(2, 8).requires_grad_(), rows(8)
     (dx,) = torch.autograd.grad(rms_norm(x, w, implementation=backend).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
         dx.sum().backward()
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(
@@ -437,4 +443,4 @@ def test_shapes_cover_both_kinds_of_kernel() -> None:
 
     widths = [shape.N for shape in EDGES]
     for limit in (ROW_LIMIT_FORWARD, ROW_LIMIT_BACKWARD):
-        assert any(N == limit for N in widths) and any(N > limit for N in widths)
+        assert any(limit == N for N in widths) and any(limit < N for N in widths)
