@@ -131,7 +131,7 @@ def _backward_rows(
     dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for tile in range(p, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        m = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         live = (m < M)[:, None] & (n < N)[None, :]
         dy = tl.load(dy_ptr + m[:, None] * dy_stride + n[None, :], live, other=0.0).to(tl.float32)
         h = tl.load(h_ptr + m[:, None] * h_stride + n[None, :], live, other=0.0).to(tl.float32)
@@ -145,7 +145,7 @@ def _backward_rows(
         tl.store(dx_ptr + m[:, None] * N + n[None, :], dx.to(dx_ptr.dtype.element_ty), live)
         dw += dy * xhat
 
-    tl.store(partial_ptr + p.to(tl.int64) * N + n, tl.sum(dw, 0), n < N)
+    tl.store(partial_ptr + tl.cast(p, tl.int64) * N + n, tl.sum(dw, 0), n < N)
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _backward_columns(
     dw = tl.zeros((BLOCK_N,), tl.float32)
 
     for row in range(p, M, tl.num_programs(1)):
-        m = row.to(tl.int64)
+        m = tl.cast(row, tl.int64)
         dy = tl.load(dy_ptr + m * dy_stride + n, live, other=0.0).to(tl.float32)  # [N]
         h = tl.load(h_ptr + m * h_stride + n, live, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + m)
@@ -191,7 +191,7 @@ def _backward_columns(
         tl.store(dx_ptr + m * N + n, dx.to(dx_ptr.dtype.element_ty), live)
         dw += dy * xhat
 
-    tl.store(partial_ptr + p.to(tl.int64) * N + n, dw, live)
+    tl.store(partial_ptr + tl.cast(p, tl.int64) * N + n, dw, live)
 
 
 @triton.jit(do_not_specialize=["P"])

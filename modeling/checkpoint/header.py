@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from swathe.modeling.checkpoint import strict_json
+from swathe.modeling.checkpoint import json_object
 from swathe.modeling.checkpoint.errors import CheckpointError
 from swathe.modeling.checkpoint.files import Identity, open_regular
 
@@ -98,7 +98,7 @@ def read_header(real: Path, shown: Path) -> Header:
             if not part:
                 _refuse(shown, "ended while its header was read")
             text += part
-    entries = strict_json.parse(
+    entries = json_object.parse(
         bytes(text),
         code="E_SAFETENSORS",
         file=shown,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swathe.modeling.checkpoint import strict_json
+from swathe.modeling.checkpoint import json_object
 from swathe.modeling.checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -47,7 +47,9 @@ def _explicit_name(directory: Path) -> str | None:
     if not path.exists():
         return None
     data = read_small(resolve_inside(directory, "config.json"), CONFIG_CAP, "E_CONFIG")
-    config = strict_json.parse(data, code="E_CONFIG", file=path, expected="a JSON object")
+    config = json_object.parse(
+        data, code="E_CONFIG", file=path, expected="a JSON object", constants=True
+    )
     name = config.get(POINTER)
     if name is None:
         return None
@@ -108,7 +110,7 @@ def _default_name(directory: Path) -> str:
 def _weight_map(directory: Path, name: str) -> tuple[dict[str, str], dict[str, Any]]:
     path = directory / name
     data = read_small(resolve_inside(directory, name), INDEX_CAP, "E_INDEX")
-    index = strict_json.parse(data, code="E_INDEX", file=path, expected=_INDEX_SHAPE)
+    index = json_object.parse(data, code="E_INDEX", file=path, expected=_INDEX_SHAPE)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from swathe.modeling.checkpoint.errors import LISTED, CheckpointError, listing
+from swathe.modeling.checkpoint.errors import LISTED, CheckpointError
 from swathe.modeling.checkpoint.header import TensorInfo
 from swathe.modeling.checkpoint.report import LoadReport
 
@@ -222,7 +222,7 @@ def _raise(directory: Path, problems: list[Problem]) -> None:
     keys = [key for _, key, _ in problems if key]
     raise CheckpointError(
         code,
-        f"{directory}: {listing(keys, limit=1)} and the model do not fit; nothing was loaded.\n"
+        f"{directory}: the weights do not fit the model; nothing was loaded.\n"
         f"  {shown}{more}\n{fix}",
         file=directory,
         key=keys[0] if keys else None,

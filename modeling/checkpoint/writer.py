@@ -29,7 +29,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swathe.modeling.checkpoint import strict_json
+from swathe.modeling.checkpoint import json_object
 from swathe.modeling.checkpoint.files import require_plain_name
 from swathe.modeling.checkpoint.layout import INDEX, POINTER, SINGLE
 from swathe.modeling.checkpoint.serialize import (
@@ -103,12 +103,14 @@ class _Save:
         self.config = config
         self.extra = extra
         self.id = secrets.token_hex(6)
-        self.fresh = not any((directory / n).exists() for n in ("config.json", SINGLE, INDEX))
+        self.fresh = True
         self.settling = False
         self.created: list[Path] = []
         self.names: list[str] = []
 
     def run(self, shards: list[dict[str, Tensor]]) -> None:
+        names = ("config.json", SINGLE, INDEX)
+        self.fresh = not any((self.directory / name).exists() for name in names)
         self._sweep(keep={*self._in_use()}, staged_only=True)
         need = sum(len(header_bytes(s)) + sum(t.nbytes for t in s.values()) for s in shards)
         _require_space(self.directory, need + len(self.config) + _SLACK)
@@ -162,9 +164,10 @@ class _Save:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
-            if self.fresh or _OURS.fullmatch(name):
-                self.created.append(self.directory / name)
-            os.replace(temporary, self.directory / name)
+            target = self.directory / name
+            if not target.exists():
+                self.created.append(target)
+            os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -214,7 +217,7 @@ class _Save:
 
 
 def _final_config(directory: Path, config_json: str) -> str:
-    config = strict_json.parse(
+    config = json_object.parse(
         config_json.encode(), code="E_CONFIG", file=directory / "config.json", expected="an object"
     )
     if POINTER not in config:

@@ -9,8 +9,13 @@ from typing import Any, NoReturn
 from swathe.modeling.checkpoint.errors import CheckpointError
 
 
-def parse(data: bytes, *, code: str, file: Path, expected: str) -> dict[str, Any]:
-    """The JSON object in `data`; anything else is a CheckpointError with `code`, naming `file`."""
+def parse(
+    data: bytes, *, code: str, file: Path, expected: str, constants: bool = False
+) -> dict[str, Any]:
+    """The JSON object in `data`; anything else is a CheckpointError with `code`, naming `file`.
+
+    `constants` admits bare NaN and Infinity, which old config files hold.
+    """
 
     def refuse(reason: str, key: str | None = None) -> NoReturn:
         raise CheckpointError(code, f"{file}: {reason}; expected {expected}", file=file, key=key)
@@ -25,8 +30,8 @@ def parse(data: bytes, *, code: str, file: Path, expected: str) -> dict[str, Any
                 seen.add(key)
         return found
 
-    def constant(name: str) -> NoReturn:
-        refuse(f"{name} is not JSON")
+    def constant(name: str) -> float:
+        return float(name) if constants else refuse(f"{name} is not JSON")
 
     try:
         value = json.loads(data, object_pairs_hook=unique, parse_constant=constant)

@@ -1,0 +1,97 @@
+"""The first and last steps that every decoder's forward has: inputs checked, defaults filled in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from swathe.modeling.cache import DynamicCache
+from swathe.modeling.model import PreTrainedModel
+
+
+def wants(model: PreTrainedModel, name: str, given: bool | None) -> bool:
+    """An argument of forward, or the configuration's value where it is None."""
+    return getattr(model.config, name) if given is None else given
+
+
+def checked_embeddings(
+    embed: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None
+) -> Tensor:
+    """(B, T, hidden) from exactly one of ids (B, T) and vectors.
+
+    Raises ValueError for both, none, a wrong shape, or on a CPU an id outside the vocabulary.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if inputs_embeds is not None:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != embed.embedding_dim:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it must be (batch, tokens, "
+                f"hidden_size={embed.embedding_dim})"
+            )
+        return inputs_embeds
+    assert input_ids is not None
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids is {input_ids.dtype} with shape {tuple(input_ids.shape)}; it must hold "
+            "whole numbers in two dimensions (batch, tokens). Use input_ids[None] for one sequence"
+        )
+    readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and input_ids.numel() and not _within(input_ids, embed.num_embeddings):
+        raise ValueError(
+            f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}; the "
+            f"vocabulary has vocab_size={embed.num_embeddings}, so ids must be 0 to "
+            f"{embed.num_embeddings - 1}"
+        )
+    return embed(input_ids)
+
+
+def check_cache(
+    model: PreTrainedModel, cache: DynamicCache | None, use_cache: bool | None
+) -> DynamicCache | None:
+    """The cache to write to, a new one where `use_cache` asks for it, or None.
+
+    Raises TypeError for tuples of older versions, ValueError together with checkpointing.
+    """
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; it must be a DynamicCache or None. For "
+            "keys and values of older versions, call cache.update(k, v, layer) for each layer"
+        )
+    if use_cache is None:
+        use_cache = cache is not None or (model.config.use_cache and not model.training)
+    if use_cache and model.training and model.is_gradient_checkpointing:
+        raise ValueError(
+            "use_cache=True does not go with gradient checkpointing, which would append every key "
+            "twice; pass use_cache=False, or call model.eval() or gradient_checkpointing_disable()"
+        )
+    return cache if cache is not None or not use_cache else DynamicCache()
+
+
+def positions_after(past: int, hidden: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Positions (B or 1, T): those given, or counted on from the cached tokens."""
+    B, T = hidden.shape[:2]
+    if position_ids is None:
+        return torch.arange(past, past + T, device=hidden.device)[None]
+    if position_ids.dim() == 1:
+        position_ids = position_ids[None]
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, B) or position_ids.shape[1] != T:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; {B} sequences of {T} new tokens "
+            f"need ({B}, {T}) or (1, {T})"
+        )
+    return position_ids
+
+
+def keep_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The hidden states whose logits are wanted: the last `keep`, all for 0, or those indexed."""
+    if isinstance(keep, Tensor):
+        return hidden[:, keep]
+    if keep < 0:
+        raise ValueError(f"logits_to_keep={keep} must be 0 (all), a count, or a tensor of indices")
+    return hidden[:, -keep:] if keep else hidden
+
+
+def _within(ids: Tensor, vocab_size: int) -> bool:
+    low, high = torch.aminmax(ids)
+    return bool(low >= 0) and bool(high < vocab_size)

@@ -1,0 +1,142 @@
+"""Every form of attention mask that HF callers pass, as one Mask that is always causal.
+
+    (B, S) or (B, T), any dtype of 0 and 1     padding: 1 marks a real token
+    (B, 1, 1, S), (B, 1, S)                    the same; floating point without a 1: added to scores
+    (B, 1 or H, T, S), (B, T, S)               bool, or integers of 0 and 1: visible where True;
+                                               floating point: added to the scores
+    Mask                                       taken as it is, causality included
+
+Meaning   causality is never lost: a tensor can only hide more. A mask that does not fit raises with
+          both shapes, values that could mean two things raise as well.
+Cost      padding is looked at once a forward: one small host synchronisation, which turns it into
+          row intervals or into nothing (all ones). No mask, a Mask or a full boolean mask need none.
+          While torch.compile traces, or a CUDA graph is captured, nothing can be looked at: padding
+          is then taken as a boolean key mask, 0/1 is not verified, and a floating-point mask with
+          more than two dimensions is always added to the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swathe.kernels.attention.api import Mask
+
+CAUSAL = Mask(causal=True, rows_may_be_empty=False)
+
+
+def causal_mask(mask: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
+    """The Mask of T = hidden.shape[1] new tokens after `past` cached ones.
+
+    Raises ValueError or TypeError for shapes and values outside the table of this module.
+    """
+    if mask is None:
+        return CAUSAL
+    if isinstance(mask, Mask):
+        return mask
+    if not isinstance(mask, Tensor):
+        raise TypeError(
+            f"attention_mask is a {type(mask).__name__}; it must be a tensor, a Mask or None. "
+            "Use torch.tensor(mask) for nested lists"
+        )
+    B, T = hidden.shape[:2]
+    S = past + T
+    mask = mask.to(hidden.device)
+    if mask.dim() == 2:
+        return _padding(_two_dimensional(mask, B, T, S), T, S)
+    if mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[-1] != S:
+        raise _does_not_fit(mask, B, T, S)
+    if mask.shape[1:3] == (1, 1):
+        return _four_dimensional_padding(mask, B, T, S)
+    if mask.shape[2] != T:
+        raise _does_not_fit(mask, B, T, S)
+    return _full(mask)
+
+
+def _two_dimensional(mask: Tensor, B: int, T: int, S: int) -> Tensor:
+    if mask.shape not in ((B, T), (B, S)):
+        raise _does_not_fit(mask, B, T, S)
+    if mask.shape[1] == S:
+        return mask
+    # a mask of the new tokens only: the cached ones are real
+    return torch.cat((mask.new_ones(B, S - T), mask), dim=1)
+
+
+def _four_dimensional_padding(mask: Tensor, B: int, T: int, S: int) -> Mask:
+    if mask.is_floating_point() and (_opaque(mask) or not _zeros_and_a_one(mask)):
+        return Mask(causal=True, bias=mask)
+    return _padding(mask[:, 0, 0].expand(B, S), T, S)
+
+
+def _full(mask: Tensor) -> Mask:
+    if mask.dtype == torch.bool:
+        return Mask(causal=True, allowed=mask)
+    if mask.is_floating_point():
+        if not _opaque(mask) and _zeros_and_a_one(mask):
+            raise ValueError(
+                f"attention_mask {tuple(mask.shape)} of {mask.dtype} holds only 0 and 1, which "
+                "could mean visible or added to the scores; pass mask.bool() for visible, or "
+                "0 and -inf to add"
+            )
+        return Mask(causal=True, bias=mask)
+    if not _opaque(mask) and bool(((mask != 0) & (mask != 1)).any()):
+        raise _not_zero_or_one(mask)
+    return Mask(causal=True, allowed=mask.bool())
+
+
+def _padding(mask: Tensor, T: int, S: int) -> Mask:
+    if _opaque(mask):
+        return Mask(causal=True, keys=mask.bool())
+    real = mask != 0
+    count = real.sum(1)
+    start = real.int().argmax(1)
+    gaps = (S - real.flip(1).int().argmax(1) - start != count) & (count > 0)
+    facts = torch.stack(
+        (count.amin(), start.amax(), gaps.any().long(), (real & (mask != 1)).any().long())
+    )
+    fewest, latest, holes, other = facts.tolist()
+    if other:
+        raise _not_zero_or_one(mask)
+    if fewest == S:
+        return CAUSAL
+    if holes:
+        return Mask(causal=True, keys=real)
+    end = start + count
+    no_row_is_empty = fewest > 0 and latest <= S - T
+    return Mask(
+        causal=True, start=start.int(), end=end.int(), rows_may_be_empty=not no_row_is_empty
+    )
+
+
+def _opaque(mask: Tensor) -> bool:
+    """Whether values cannot be read here: a trace, a graph capture, or no data at all."""
+    return (
+        torch.compiler.is_compiling()
+        or mask.is_meta
+        or mask.numel() == 0
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _zeros_and_a_one(mask: Tensor) -> bool:
+    ones = mask == 1
+    return bool((ones.any() & (ones | (mask == 0)).all()).item())
+
+
+def _not_zero_or_one(mask: Tensor) -> ValueError:
+    return ValueError(
+        f"attention_mask {tuple(mask.shape)} of {mask.dtype} holds values other than 0 and 1 "
+        f"(from {mask.min().item()} to {mask.max().item()}); 1 marks a token to see, 0 one to "
+        "hide. A mask to add to the scores must be floating point with four dimensions"
+    )
+
+
+def _does_not_fit(mask: Tensor, B: int, T: int, S: int) -> ValueError:
+    two = f"({B}, {S})" if T == S else f"({B}, {S}) or ({B}, {T})"
+    return ValueError(
+        f"attention_mask has shape {tuple(mask.shape)}, but {B} sequences of {T} new tokens after "
+        f"{S - T} cached ones need {two}, ({B}, {T}, {S}), ({B}, 1, 1, {S}) or "
+        f"({B}, 1 or heads, {T}, {S})"
+    )

@@ -1,0 +1,297 @@
+"""PreTrainedModel: how a model is built, initialised, tied, switched and measured.
+
+Loading and saving are in loading.py. A subclass builds its modules in `__init__`; what HF makes it
+call at the end (`post_init`) happens by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from swathe.kernels.core.errors import did_you_mean
+from swathe.modeling.config import PreTrainedConfig
+from swathe.modeling.config_fields import dtype_named
+from swathe.modeling.layers.norm import RMSNorm
+from swathe.modeling.loading import LoadingMixin
+from swathe.modeling.policy import KernelPolicy, KernelReport
+
+CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check")
+
+
+class _ModelType(type(nn.Module)):  # type: ignore[misc]
+    """Runs `post_init` once the outermost `__init__` of a model has returned."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        model = super().__call__(*args, **kwargs)
+        model.post_init()
+        return model
+
+
+class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
+    """Base of all models.
+
+    A family sets `config_class`, `base_model_prefix` (the body's attribute in a model with a head),
+    `embed_path` and `head_path` (modules by name), `_tied_weights_keys` (head parameter: source)
+    and `_no_split_modules`.
+    """
+
+    config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
+    base_model_prefix: ClassVar[str] = "model"
+    main_input_name: ClassVar[str] = "input_ids"
+    embed_path: ClassVar[str] = ""
+    head_path: ClassVar[str] = ""
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    _no_split_modules: ClassVar[tuple[str, ...]] = ()
+    _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
+    _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...]] = ()
+    _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = ()
+    _arguments: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._arguments = frozenset(inspect.signature(cls.forward).parameters) - {"self"}
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__}(config): config is a {type(config).__name__}; it must be a "
+                f"{self.config_class.__name__}. To load weights use "
+                f"{type(self).__name__}.from_pretrained(directory)"
+            )
+        super().__init__()
+        self.config = config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """forward; an argument that it does not take is named together with the nearest one."""
+        if not self._arguments.issuperset(kwargs):
+            unknown = next(k for k in kwargs if k not in self._arguments)
+            raise TypeError(
+                f"{type(self).__name__}.forward has no argument {unknown!r}"
+                f"{did_you_mean(unknown, self._arguments)}; allowed: {sorted(self._arguments)}"
+            )
+        return super().__call__(*args, **kwargs)
+
+    def post_init(self) -> None:
+        """Initialise, tie, choose kernels. Runs by itself after `__init__`; harmless to repeat."""
+        if "_kernel_policy" in self.__dict__:
+            return
+        for module in _own_modules(self):
+            if any(not p.is_meta for p in module.parameters(recurse=False)):
+                self._init_weights(module)
+        self.tie_weights()
+        config = self.config
+        self._adopt(
+            KernelPolicy.of(config.kernels, config.attn_implementation, config.norm_implementation)
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill the module's own parameters: normal(0, initializer_range), biases 0, norms neutral.
+
+        Loading calls it only for modules with parameters that the checkpoint lacks, and puts loaded
+        parameters back afterwards, so that it may write to all of them.
+        """
+        std = getattr(self.config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear):
+            module.weight.normal_(0.0, std)
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, std)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
+
+    # tied weights and embeddings
+
+    def tied_parameters(self) -> dict[str, str]:
+        """{head parameter: the parameter it shares}, as the configuration asks for."""
+        return dict(self._tied_weights_keys) if self._ties() else {}
+
+    def tie_weights(self) -> None:
+        """Make the head use the embedding's own Parameter where the configuration says so."""
+        for name, source in self.tied_parameters().items():
+            module, _, parameter = name.rpartition(".")
+            setattr(self.get_submodule(module), parameter, self.get_parameter(source))
+
+    def _ties(self) -> bool:
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The module that turns token ids into vectors."""
+        return self.get_submodule(self._path("embed_path"))
+
+    def set_input_embeddings(self, module: nn.Module) -> None:
+        """Replace it; a tied head follows."""
+        self.set_submodule(self._path("embed_path"), module)
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module that turns vectors into logits; None for a body."""
+        return self.get_submodule(self.head_path) if self.head_path else None
+
+    def set_output_embeddings(self, module: nn.Module) -> None:
+        """Replace it; where the configuration ties, it gets the embedding's weight."""
+        self.set_submodule(self._path("head_path"), module)
+        self.tie_weights()
+
+    def _path(self, kind: str) -> str:
+        path = getattr(self, kind)
+        if not path:
+            raise AttributeError(f"{type(self).__name__} has no {kind}: it has no such module")
+        return path
+
+    # what the model is
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The body without a head; itself for a body."""
+        return getattr(self, self.base_model_prefix, self)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Elements of all parameters, shared ones counted once."""
+        left_out: set[Tensor] = set()
+        if exclude_embeddings:
+            left_out = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
+        counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in counted if p not in left_out)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the model has `generate`."""
+        return hasattr(cls, "generate")
+
+    # how it runs
+
+    def set_attn_implementation(self, implementation: str) -> None:
+        """Switch the attention backend of every layer. On an error the model stays as it was."""
+        self.set_kernels(attn=implementation)
+
+    def set_kernels(self, kernels: Any = None, **ops: str) -> None:
+        """Switch backends: `set_kernels("eager")`, `set_kernels(norm="eager")`, or a policy.
+
+        Ops that are not named stay as they are. Raises ValueError for unknown names,
+        UnsupportedFeature where a named backend cannot serve; the model then stays as it was.
+        """
+        for op in ops:
+            KernelPolicy.of({op: "auto"})
+        wanted = self._kernel_policy if kernels is None else kernels
+        self._adopt(KernelPolicy.of(wanted, ops.get("attn"), ops.get("norm")))
+
+    def kernel_report(self) -> KernelReport:
+        """Which backend each module runs, and why; print it for a table."""
+        return KernelReport.of(self)
+
+    def _adopt(self, policy: KernelPolicy) -> None:
+        policy.apply(self)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                module._kernel_policy = policy
+        self.config.attn_implementation = policy.attn
+        self.config.norm_implementation = policy.norm
+
+    # gradient checkpointing
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Recompute each n-th layer in backward instead of keeping its activations.
+
+        Raises ValueError for arguments that torch.utils.checkpoint does not take, and for
+        `use_reentrant=True`, which loses gradients.
+        """
+        arguments = dict(gradient_checkpointing_kwargs or {})
+        for name in arguments:
+            if name not in CHECKPOINT_ARGUMENTS:
+                raise ValueError(
+                    f"gradient_checkpointing_kwargs: unknown {name!r}"
+                    f"{did_you_mean(name, CHECKPOINT_ARGUMENTS)}; allowed: {CHECKPOINT_ARGUMENTS}"
+                )
+        if arguments.pop("use_reentrant", False):
+            raise ValueError(
+                "gradient_checkpointing_kwargs: use_reentrant=True is not supported, it drops "
+                "gradients of frozen inputs; leave it out or pass False"
+            )
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers={every_n_layers} must be at least 1")
+        layers = self._checkpoint_layers()
+        if not layers:
+            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
+        for i, layer in enumerate(layers):
+            layer.checkpointing = arguments if i % every_n_layers == 0 else None
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        for layer in self._checkpoint_layers():
+            layer.checkpointing = None
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer is recomputed in backward."""
+        return any(layer.checkpointing is not None for layer in self._checkpoint_layers())
+
+    def _checkpoint_layers(self) -> list[Any]:
+        return [m for m in self.modules() if hasattr(m, "checkpointing")]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        attn_implementation: str | None = None,
+        norm_implementation: str | None = None,
+        kernels: Any = None,
+    ) -> Self:
+        """A freshly initialised model in `dtype`, else config.dtype, else torch's default.
+
+        `Model(config)` itself always builds in torch's default dtype. The caller's config is
+        copied, not changed.
+        """
+        chosen = dtype_named(dtype if dtype is not None else config.dtype, "from_config")
+        runtime = _runtime(config, attn_implementation, norm_implementation, kernels)
+        before = torch.get_default_dtype()
+        with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
+            torch.set_default_dtype(chosen or before)
+            try:
+                return cls(config.replace(**runtime))
+            finally:
+                torch.set_default_dtype(before)
+
+
+def _runtime(
+    config: PreTrainedConfig, attn: str | None, norm: str | None, kernels: Any
+) -> dict[str, Any]:
+    given = {"attn_implementation": attn, "norm_implementation": norm, "kernels": kernels}
+    if kernels is not None:
+        # a new `kernels` is not to be overruled by names left from before
+        return given
+    return {k: getattr(config, k) if v is None else v for k, v in given.items()}
+
+
+def _own_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The model and the modules below it, less those inside another PreTrainedModel."""
+    stack: list[nn.Module] = [model]
+    while stack:
+        module = stack.pop()
+        yield module
+        stack.extend(m for m in module.children() if not isinstance(m, PreTrainedModel))
