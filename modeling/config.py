@@ -71,9 +71,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
     problem_type: (
-        typing.Literal[
-            "regression", "single_label_classification", "multi_label_classification"
-        ]
+        typing.Literal["regression", "single_label_classification", "multi_label_classification"]
         | None
     ) = None
     transformers_version: str | None = None
@@ -84,7 +82,9 @@ class PreTrainedConfig(metaclass=_ConfigType):
 
     def __init_subclass__(cls) -> None:
         dataclass(kw_only=True, eq=False, repr=False)(cls)
-        cls.ranges = {k: v for c in reversed(cls.__mro__) for k, v in vars(c).get("ranges", {}).items()}
+        cls.ranges = {
+            k: v for c in reversed(cls.__mro__) for k, v in vars(c).get("ranges", {}).items()
+        }
 
     @classmethod
     def _prepared(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +104,11 @@ class PreTrainedConfig(metaclass=_ConfigType):
                     f"{sorted(known)}. Pass extra={{{name!r}: ...}} to store it all the same"
                 )
         return cls.from_legacy(values, legacy) if legacy else values
+
+    @classmethod
+    def accepted_keys(cls) -> set[str]:
+        """Every name that the constructor takes: fields, aliases and keys of older files."""
+        return {*_names(cls), *ALIASES, *cls.attribute_map, *cls.legacy_keys(), "num_labels"}
 
     @classmethod
     def legacy_keys(cls) -> tuple[str, ...]:
@@ -184,7 +189,9 @@ class PreTrainedConfig(metaclass=_ConfigType):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated like a new one."""
-        kept = {n: copy.deepcopy(self.__dict__[n]) for n in _names(type(self)) if n in self.__dict__}
+        kept = {
+            n: copy.deepcopy(self.__dict__[n]) for n in _names(type(self)) if n in self.__dict__
+        }
         if "num_labels" in changes or "id2label" in changes:
             kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
         return type(self)(**{**kept, **changes})
@@ -245,8 +252,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
                 f"{cls.model_type!r}; use AutoConfig, AutoModel or AutoModelForCausalLM, which "
                 "choose the class, or pass allow_model_type_mismatch=True"
             )
-        accepted = {*_names(cls), *ALIASES, *cls.attribute_map, *cls.legacy_keys(), "num_labels"}
-        accepted -= {"extra", *RUNTIME}
+        accepted = cls.accepted_keys() - {"extra", *RUNTIME}
         known, extra = {}, {}
         for key, value in values.items():
             if key == "model_type" or key.endswith("_implementation") or key == "kernels":
@@ -275,7 +281,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
         file, values = read_config(path, subfolder)
         unused = {}
         if return_unused_kwargs:
-            takes = {*_names(cls), *ALIASES, *cls.attribute_map, *cls.legacy_keys(), "num_labels"}
+            takes = cls.accepted_keys()
             unused = {k: overrides.pop(k) for k in list(overrides) if k not in takes}
         try:
             config = cls.from_dict(

@@ -270,7 +270,9 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         chosen = dtype_named(dtype if dtype is not None else config.dtype, "from_config")
         runtime = _runtime(config, attn_implementation, norm_implementation, kernels)
         before = torch.get_default_dtype()
-        with torch.device(device) if device is not None else torch.device(torch.get_default_device()):
+        with (
+            torch.device(device) if device is not None else torch.device(torch.get_default_device())
+        ):
             torch.set_default_dtype(chosen or before)
             try:
                 return cls(config.replace(**runtime))

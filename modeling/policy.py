@@ -36,9 +36,15 @@ class KernelModule(nn.Module):
         """The backend for this module as it is now (device, dtype, sizes); changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses a backend")
 
+    def resolve(self, implementation: str) -> Choice:
+        """`pick`, but on the meta device, where nothing runs, a name is only taken down."""
+        if next(self.parameters()).is_meta:
+            return replace(self.pick(AUTO), asked=implementation)
+        return self.pick(implementation)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self.choice = self.pick(self.choice.asked)
+        self.choice = self.resolve(self.choice.asked)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -47,7 +53,7 @@ class KernelModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.choice = self.pick(state["choice"])
+        self.choice = self.resolve(state["choice"])
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class KernelPolicy:
                     f"kernels: pattern {pattern!r} matches no module that calls a kernel; they are "
                     f"{sorted({re.sub('[0-9]+', '*', name) for name, _ in found})}"
                 )
-        chosen = [(module, module.pick(self.asked(module.op, name))) for name, module in found]
+        chosen = [(module, module.resolve(self.asked(module.op, name))) for name, module in found]
         for module, choice in chosen:
             module.choice = choice
 

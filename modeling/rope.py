@@ -142,7 +142,11 @@ def _check(name: str, kind: RopeType, keys: tuple[str, ...], given: dict[str, An
         )
     for key in keys:
         value = given.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise ConfigError(
                 f"rope_type {name!r}: {key}={value!r} must be a finite number above 0"
             )

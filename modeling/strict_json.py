@@ -29,7 +29,9 @@ def read_object(file: Path, error: type[ValueError]) -> dict[str, Any]:
     except RecursionError:
         raise error(f"{file}: nested too deeply; expected at most {MAX_DEPTH} levels") from None
     except ValueError as problem:
-        raise error(f"{file}: not valid JSON: {problem}; correct or download the file again") from None
+        raise error(
+            f"{file}: not valid JSON: {problem}; correct or download the file again"
+        ) from None
     if not isinstance(value, dict):
         raise error(f"{file}: expected a JSON object, got a {type(value).__name__}")
     if _depth(value) > MAX_DEPTH:
@@ -75,7 +77,9 @@ def _depth(value: Any) -> int:
     while stack:
         item, depth = stack.pop()
         deepest = max(deepest, depth)
-        children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        children = (
+            item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        )
         stack.extend((child, depth + 1) for child in children)
     return deepest
 
@@ -86,5 +90,7 @@ def _encoded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_encoded(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+        return {
+            "__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        }
     return value

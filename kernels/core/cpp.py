@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-import swathe
 from swathe.kernels.core.errors import BackendUnavailable
 
 ABI_VERSION = 1  # csrc/abi.h: SWATHE_ABI_VERSION
@@ -37,8 +36,10 @@ _SIGNATURES = {
 def library_path() -> Path | None:
     """Where the compiled library lies in this installation, or None."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
-    for folder in swathe.__path__:
-        path = Path(folder) / f"_csrc{suffix}"
+    package = Path(__file__).parents[2]
+    # the second place is that of a checkout whose links could not be made
+    for folder in (package, package / "swathe"):
+        path = folder / f"_csrc{suffix}"
         if path.is_file():
             return path
     return None

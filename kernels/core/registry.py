@@ -85,6 +85,17 @@ class Choice:
 _backends: dict[str, dict[str, Backend]] = {}
 _tables: dict[str, tuple[Prefer, ...]] = {}
 _loaded: dict[tuple[str, str], Callable[..., Any]] = {}
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever backends or preferences change: for caches of choices."""
+    _listeners.append(forget)
+
+
+def _changed() -> None:
+    for forget in _listeners:
+        forget()
 
 
 def register_backend(backend: Backend, *, replace: bool = False) -> None:
@@ -103,11 +114,13 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
         )
     taken[backend.name] = backend
     _loaded.pop((backend.op, backend.name), None)
+    _changed()
 
 
 def set_preference(op: str, rows: Sequence[Prefer]) -> None:
     """Set the op's "auto" table: the first row that fits a spec gives the order to try."""
     _tables[op] = tuple(rows)
+    _changed()
 
 
 def registered(op: str) -> dict[str, Backend]:
@@ -123,6 +136,7 @@ def unregister_backend(op: str, name: str) -> None:
         raise ValueError(f"{op} has no backend {name!r}; it has {sorted(_backends[op])}")
     del _backends[op][name]
     _loaded.pop((op, name), None)
+    _changed()
 
 
 def resolve(spec: Spec, asked: str = AUTO) -> Choice:

@@ -18,6 +18,7 @@ from swathe.kernels.core.registry import (
     Backend,
     Choice,
     Prefer,
+    on_change,
     register_backend,
     resolve,
     set_preference,
@@ -31,6 +32,7 @@ Casting = Literal["llama", "gemma", "fp32"]
 
 _choices: dict[tuple[Any, ...], Choice] = {}
 _traceable: dict[str, Callable[..., Any]] = {}
+on_change(_choices.clear)
 
 
 @overload
@@ -133,12 +135,15 @@ def _chosen(
     return choice.call
 
 
-@torch.compiler.assume_constant_result
 def _name_while_tracing(key: tuple[Any, ...]) -> str:
     # a graph being traced can hold a name as a constant, but not a Choice
     choice = _choose(key, compiled=True)
     _traceable[choice.backend] = choice.call
     return choice.backend
+
+
+# what torch.compiler.assume_constant_result sets, without its import of the whole of dynamo
+_name_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(key: tuple[Any, ...], compiled: bool) -> Choice:
@@ -185,7 +190,7 @@ def _validate(x: Tensor, weight: Tensor, eps: float, casting: str, residual: Ten
 
 
 def _mixed_with_double(spec: Spec) -> list[str]:
-    weight_dtype = dict(spec.features)["weight_dtype"]
+    weight_dtype = dict(spec.features).get("weight_dtype", spec.dtype)
     return [] if weight_dtype == spec.dtype else [f"needs a weight of {spec.dtype}, like x"]
 
 

@@ -18,14 +18,14 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, parameters: dict[str, Any], head_dim: int) -> None:
         super().__init__()
-        self.parameters, self.head_dim = parameters, head_dim
+        self.rope, self.head_dim = parameters, head_dim
         self.register_buffer("inv_freq", None, persistent=False)
         self.reset_buffers(None)
 
     def reset_buffers(self, device: torch.device | None) -> None:
         """Compute the frequencies on `device`; used after a build on the meta device."""
-        kind = ROPE_TYPES[self.parameters["rope_type"]]
-        self.inv_freq, self.factor = kind.frequencies(self.parameters, self.head_dim, device)
+        kind = ROPE_TYPES[self.rope["rope_type"]]
+        self.inv_freq, self.factor = kind.frequencies(self.rope, self.head_dim, device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -45,9 +45,7 @@ class RMSNorm(KernelModule):
     def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
     @overload
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y, or (y, h) with a residual; see `swathe.rms_norm`."""
         return rms_norm(
             x,

@@ -1,6 +1,6 @@
 """Hostile and damaged checkpoint directories: each gets one clear error, fast, and loads nothing.
 
-One case per attack of a survey in which transformers loaded 20 of 83 and hung on three.
+One case per attack of a survey in which transformers loaded 20 of 83.
 """
 
 from __future__ import annotations

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import triton.language as tl
+from triton.runtime import interpreter as stock
+
 from support import numerics, sanitizer
 from support.numerics import SanitizerError
 from support.sanitizer import GRID_LIMIT, Watch, watch
-from triton.runtime import interpreter as stock
 
 __all__ = ["SanitizerError", "Watch", "install", "sanitized", "virtual_tensor"]
 
@@ -77,7 +78,7 @@ def virtual_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _check_overflow(on: bool) -> None:
-    # the stock assertion runs either way and costs two fifths of the time; this makes it real or absent
+    # the stock assertion costs two fifths of the time and checks nothing: make it real or absent
     builder = stock.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=on, sanitize_overflow=on)
 

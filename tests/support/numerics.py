@@ -134,7 +134,9 @@ def create_fp_to_fp(self: Any, source: Any, target: Any, rounding_mode: Any) -> 
 
 def create_dot(self: Any, a: Any, b: Any, acc: Any, precision: Any, *_: Any) -> Any:
     if a.data.shape[-1] < SMALLEST_DOT:
-        raise SanitizerError(f"tl.dot over {a.data.shape[-1]} elements; the least is {SMALLEST_DOT}")
+        raise SanitizerError(
+            f"tl.dot over {a.data.shape[-1]} elements; the least is {SMALLEST_DOT}"
+        )
     x, y = value(a), value(b)
     if a.dtype.scalar == tl.float32 and precision == ir.INPUT_PRECISION.TF32:
         x, y = tf32(x), tf32(y)
@@ -150,7 +152,9 @@ def create_assert(self: Any, condition: Any, message: str) -> None:
 
 
 def refuse_extern(self: Any, library: str, path: str, symbol: str, *_: Any) -> Any:
-    raise SanitizerError(f"{symbol} comes from libdevice, which the interpreter has not; use tl.math")
+    raise SanitizerError(
+        f"{symbol} comes from libdevice, which the interpreter has not; use tl.math"
+    )
 
 
 def _checked_sum(original: Any) -> Any:

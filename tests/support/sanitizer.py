@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.numerics import Builder, Handle, SanitizerError
 from triton.runtime import interpreter as stock
+
+from support.numerics import Builder, Handle, SanitizerError
 
 GRID_LIMIT = 65535
 

@@ -1,0 +1,38 @@
+"""HF-compatible models that choose their kernels from configuration.
+
+Public names are imported when they are first asked for; a family comes with its own names only.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "AutoConfig": "auto",
+    "AutoModel": "auto",
+    "AutoModelForCausalLM": "auto",
+    "CheckpointError": "checkpoint.errors",
+    "ConfigError": "errors",
+    "DynamicCache": "cache",
+    "KernelPolicy": "policy",
+    "KernelReport": "policy",
+    "LlamaConfig": "families.llama.configuration_llama",
+    "LlamaForCausalLM": "families.llama.modeling_llama",
+    "LlamaModel": "families.llama.modeling_llama",
+    "Mask": "masks",
+    "PreTrainedConfig": "config",
+    "PreTrainedModel": "model",
+    "PretrainedConfig": "config",
+    "UninitializedParameter": "errors",
+    "register_model": "auto",
+    "register_rope": "rope",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"swathe.modeling.{_HOME[name]}"), name)

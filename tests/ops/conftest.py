@@ -1,0 +1,18 @@
+"""Ops run with poisoned memory: an output that a kernel leaves unwritten is NaN, not yesterday's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    # warn_only: the point is the filling of torch.empty, not to forbid torch's own kernels
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
