@@ -6,6 +6,8 @@ doubles, so n single-token updates copy O(n) elements, where concatenating would
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,7 @@ class _Layer:
         values[:, :, start : self.length] = v
         return keys[:, :, : self.length], values[:, :, : self.length]
 
-    def each(self, change: object) -> None:
-        assert callable(change)
+    def each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = change(self.keys), change(self.values)
 

@@ -40,7 +40,7 @@ def derived(compute: Callable[[Any], Any]) -> Any:
 
 
 class _ConfigType(type):
-    """Looks at the arguments before the dataclass does, for messages that name the nearest field."""
+    """Looks at the arguments before the dataclass does, to name the nearest field in errors."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         if args:
@@ -159,7 +159,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
         cls = type(self)
         name = cls.attribute_map.get(name, ALIASES.get(name, name))
         if name in _computed(cls) and (value is None or value is _DERIVED):
-            self.__dict__.pop(name, None)
+            vars(self).pop(name, None)
             return
         if name in ("id2label", "num_labels", "label2id", "dtype") or name.startswith("_"):
             object.__setattr__(self, name, value)

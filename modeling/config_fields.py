@@ -23,7 +23,7 @@ Range = tuple[float, float]
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether `value` is of the annotated type; an int serves as a float, a bool never as an int."""
+    """Whether `value` is of the annotated type; an int serves as a float, a bool not as an int."""
     if hint is Any:
         return True
     origin, args = typing.get_origin(hint), typing.get_args(hint)

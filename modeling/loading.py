@@ -23,6 +23,7 @@ from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
 from swathe.modeling.errors import UninitializedParameter
+from swathe.modeling.generation.config import GenerationConfig
 from swathe.modeling.policy import KernelPolicy
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class LoadingMixin:
         dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
         device_map: one device for everything. strict: "head" lets only parameters of a new head be
         missing, True nothing, False anything. Other keyword arguments replace configuration values.
-        Raises FileNotFoundError, ConfigError, CheckpointError (naming file and key) or TypeError for
-        an unknown argument, before a model is returned. With `output_loading_info`, returns
+        Raises FileNotFoundError, ConfigError, CheckpointError (naming file and key), or TypeError
+        for an unknown argument, before a model is returned. With `output_loading_info`, returns
         (model, HF's dict of missing, unexpected and mismatched keys).
         """
         model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
@@ -120,6 +121,8 @@ class LoadingMixin:
             progress=progress,
         )
         _finish(model, chosen, device)
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(Path(path) / subfolder)
         if report.missing or report.unexpected or report.mismatched:
             logger.warning("%s: %s", path, report)
         model.eval()
@@ -166,7 +169,7 @@ _IGNORE_KEYS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unex
 
 
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
-    """What is left of `**options` for the configuration; TypeError for a name that nothing takes."""
+    """The part of `**options` for the configuration; TypeError for a name that nothing takes."""
     own = set(inspect.signature(LoadingMixin.from_pretrained).parameters) - {"path", "options"}
     fields = set(cls.config_class.accepted_keys()) - set(RUNTIME)
     for name, value in options.items():

@@ -9,7 +9,7 @@
 Meaning   causality is never lost: a tensor can only hide more. A mask that does not fit raises with
           both shapes, values that could mean two things raise as well.
 Cost      padding is looked at once a forward: one small host synchronisation, which turns it into
-          row intervals or into nothing (all ones). No mask, a Mask or a full boolean mask need none.
+          row intervals or into nothing (all ones). None, a Mask, or a full boolean mask need none.
           While torch.compile traces, or a CUDA graph is captured, nothing can be looked at: padding
           is then taken as a boolean key mask, 0/1 is not verified, and a floating-point mask with
           more than two dimensions is always added to the scores.
@@ -22,26 +22,24 @@ from torch import Tensor
 
 from swathe.kernels.attention.api import Mask
 
-CAUSAL = Mask(causal=True, rows_may_be_empty=False)
 
-
-def causal_mask(mask: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
+def causal_mask(given: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
     """The Mask of T = hidden.shape[1] new tokens after `past` cached ones.
 
     Raises ValueError or TypeError for shapes and values outside the table of this module.
     """
-    if mask is None:
-        return CAUSAL
-    if isinstance(mask, Mask):
-        return mask
-    if not isinstance(mask, Tensor):
+    if given is None:
+        return Mask(causal=True, rows_may_be_empty=False)
+    if isinstance(given, Mask):
+        return given
+    if not isinstance(given, Tensor):
         raise TypeError(
-            f"attention_mask is a {type(mask).__name__}; it must be a tensor, a Mask or None. "
+            f"attention_mask is a {type(given).__name__}; it must be a tensor, a Mask or None. "
             "Use torch.tensor(mask) for nested lists"
         )
     B, T = hidden.shape[:2]
     S = past + T
-    mask = mask.to(hidden.device)
+    mask = given.to(hidden.device)
     if mask.dim() == 2:
         return _padding(_two_dimensional(mask, B, T, S), T, S)
     if mask.dim() == 3:
@@ -100,7 +98,7 @@ def _padding(mask: Tensor, T: int, S: int) -> Mask:
     if other:
         raise _not_zero_or_one(mask)
     if fewest == S:
-        return CAUSAL
+        return Mask(causal=True, rows_may_be_empty=False)
     if holes:
         return Mask(causal=True, keys=real)
     end = start + count

@@ -51,6 +51,8 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
     _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[frozenset[str]] = frozenset()
+    generation_config: Any = None
+    _kernel_policy: KernelPolicy
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -78,7 +80,7 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
 
     def post_init(self) -> None:
         """Initialise, tie, choose kernels. Runs by itself after `__init__`; harmless to repeat."""
-        if "_kernel_policy" in self.__dict__:
+        if hasattr(self, "_kernel_policy"):
             return
         for module in _own_modules(self):
             if any(not p.is_meta for p in module.parameters(recurse=False)):

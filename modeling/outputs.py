@@ -16,6 +16,10 @@ from torch.utils import _pytree as pytree
 from swathe.modeling.cache import DynamicCache
 
 
+def _with_keys(out: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return [(pytree.MappingKey(name), value) for name, value in out.items()], list(out.keys())
+
+
 class ModelOutput:
     """Base of all results; a subclass is a dataclass whose fields default to None."""
 
@@ -25,10 +29,7 @@ class ModelOutput:
             lambda out: (list(out.values()), list(out.keys())),
             lambda values, names: cls(**dict(zip(names, values, strict=True))),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=lambda out: (
-                [(pytree.MappingKey(k), v) for k, v in out.items()],
-                list(out.keys()),
-            ),
+            flatten_with_keys_fn=_with_keys,
         )
 
     def keys(self) -> tuple[str, ...]:

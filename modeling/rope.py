@@ -28,7 +28,7 @@ DEFAULT_THETA = 10000.0
 
 @dataclass(frozen=True)
 class RopeType:
-    """One rope type: `frequencies(parameters, head_dim, device)` returns (inv_freq, cos/sin factor).
+    """One rope type; `frequencies(parameters, head_dim, device)` is (inv_freq, cos/sin factor).
 
     `required` and `optional` are its parameters beside rope_type and rope_theta, all numbers.
     """

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 OP = "attention"
-FULL, CAUSAL = Mask(rows_may_be_empty=False), Mask(causal=True, rows_may_be_empty=False)
 
 _choices: dict[tuple[object, ...], Choice] = {}
+_traceable: dict[str, Callable[..., Tensor]] = {}
 
 
 def attention(
@@ -63,16 +63,16 @@ def attention(
     _validate(q, k, v, dropout)
     described = _describe(mask, causal, q, k)
     if isinstance(implementation, Choice):
-        choice = implementation
-        if q.device.type not in choice.devices:
+        if q.device.type not in implementation.devices:
             raise ValueError(
-                f"attention: q is on {q.device}, but backend {choice.backend!r} was chosen for "
-                f"{sorted(choice.devices)}; choose again with resolve_attention on this device"
+                f"attention: q is on {q.device}, but backend {implementation.backend!r} was chosen "
+                f"for {sorted(implementation.devices)}; choose again with resolve_attention"
             )
+        call = implementation.call
     else:
-        choice = _cached_choice(q, k, dropout, implementation)
+        call = _chosen(q, k, dropout, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return choice.call(q, k, v, described, scale, dropout)
+    return call(q, k, v, described, scale, dropout)
 
 
 def resolve_attention(
@@ -90,10 +90,8 @@ def resolve_attention(
     `groups` is H/K, `weights` asks for a backend that can also return the attention weights.
     Raises as `attention` does for a backend that is unknown, unavailable or cannot serve.
     """
-    features = {"grouped": groups > 1, "dropout": dropout, "weights": weights}
-    compiled = torch.compiler.is_compiling()
-    spec = Spec.of(OP, x, size=head_dim, grad=grad, compiled=compiled, **features)
-    return resolve(spec, implementation)
+    key = (x.device, x.dtype, head_dim, groups > 1, dropout, weights, grad, implementation)
+    return _choose(key, compiled=False)
 
 
 def register_attention(
@@ -112,27 +110,39 @@ def register_attention(
     register_backend(backend, replace=replace_existing)
 
 
-def _cached_choice(q: Tensor, k: Tensor, dropout: float, implementation: str) -> Choice:
+def _chosen(q: Tensor, k: Tensor, dropout: float, implementation: str) -> Callable[..., Tensor]:
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    groups = q.shape[1] // k.shape[1]
-
-    def choose() -> Choice:
-        head_dim, drops = q.shape[-1], dropout > 0
-        return resolve_attention(
-            q, head_dim, implementation, groups=groups, dropout=drops, grad=grad
-        )
-
+    kind = (q.device, q.dtype, int(q.shape[-1]), q.shape[1] > k.shape[1], dropout > 0)
+    key = (*kind, False, grad, implementation)
     if torch.compiler.is_compiling():
-        return choose()
-    key = (q.device, q.dtype, q.shape[-1], groups > 1, dropout > 0, grad, implementation)
-    if key not in _choices:
-        _choices[key] = choose()
-    return _choices[key]
+        return _traceable[_name_while_tracing(key)]
+    choice = _choices.get(key)
+    if choice is None:
+        choice = _choices[key] = _choose(key, compiled=False)
+    return choice.call
+
+
+def _name_while_tracing(key: tuple[Any, ...]) -> str:
+    # a graph being traced can hold a name as a constant, but not a Choice
+    choice = _choose(key, compiled=True)
+    _traceable[choice.backend] = choice.call
+    return choice.backend
+
+
+# what torch.compiler.assume_constant_result sets, without its import of the whole of dynamo
+_name_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choose(key: tuple[Any, ...], compiled: bool) -> Choice:
+    device, dtype, size, grouped, dropout, weights, grad, implementation = key
+    features = {"grouped": grouped, "dropout": dropout, "weights": weights}
+    spec = Spec.on(OP, device, dtype, size=size, grad=grad, compiled=compiled, **features)
+    return resolve(spec, implementation)
 
 
 def _describe(mask: Mask | Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Mask:
     if mask is None:
-        return CAUSAL if causal and q.shape[2] <= k.shape[2] else replace(FULL, causal=causal)
+        return Mask(causal=causal, rows_may_be_empty=causal and q.shape[2] > k.shape[2])
     if isinstance(mask, Tensor):
         full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         fits = 0 < mask.dim() <= 4 and all(

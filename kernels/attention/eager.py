@@ -1,12 +1,13 @@
 """Attention in plain PyTorch: the meaning of the op.
 
     p[b, h, t, s] = softmax_s(scale * sum_d q[b, h, t, d] * k[b, h // G, s, d] + bias)
-    o[b, t, h, d] = sum_s p[b, h, t, s] * v[b, h // G, s, d]             G = H / K query heads a group
+    o[b, t, h, d] = sum_s p[b, h, t, s] * v[b, h // G, s, d]     G = H / K
 
 Shapes   q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, E).  o: (B, T, H, E).
 Dtypes   any floating point, fp64 included; q, k and v alike.
 Rounding HF Llama's, bit for bit: scores, scaled scores and biased scores are each rounded to q's
-         dtype, the softmax is fp32 (fp64 for fp64) and rounded to q's dtype, then the product with v.
+         dtype, the softmax is fp32 (fp64 for fp64), rounded to q's dtype; then the product
+         with v.
 Masks    hidden keys get weight exactly 0; a row that sees no key gives 0 and passes no gradient.
 """
 

@@ -26,6 +26,7 @@ from torch import Tensor
 class Mask:
     """One description for all layers of a forward; see the module's docstring for the parts.
 
+    Make one a forward and let it go: it keeps the (T, S) tensors that a backend made it form.
     `rows_may_be_empty=False` promises that every row sees a key, which saves work.
     """
 
@@ -37,7 +38,7 @@ class Mask:
     allowed: Tensor | None = None
     bias: Tensor | None = None
     rows_may_be_empty: bool = True
-    _formed: dict[tuple[int, int], tuple[Tensor, ...]] = field(
+    _formed: dict[tuple[int, int, torch.device], tuple[Tensor, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -80,14 +81,15 @@ class Mask:
         return self._form(T, S, device)[2] if self.rows_may_be_empty else None
 
     def _form(self, T: int, S: int, device: torch.device) -> tuple[Tensor, ...]:
-        if (T, S) not in self._formed:
+        key = T, S, device
+        if key not in self._formed:
             visible = self._visible(T, S, device)
             empty = ~visible.any(-1, keepdim=True)
             opened = visible | empty if self.rows_may_be_empty else visible
             if self.bias is not None:
                 opened = self.bias.masked_fill(~opened, float("-inf")).masked_fill(empty, 0.0)
-            self._formed[T, S] = visible, opened, empty
-        return self._formed[T, S]
+            self._formed[key] = visible, opened, empty
+        return self._formed[key]
 
     def _visible(self, T: int, S: int, device: torch.device) -> Tensor:
         key = torch.arange(S, device=device)

@@ -38,6 +38,7 @@ from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_
 # one tile a row up to these lengths; beyond, registers spill (gated in tests/offline)
 ROW_LIMIT_FORWARD = 32_768
 ROW_LIMIT_BACKWARD = 8_192
+ROW_LIMIT_BACKWARD_ODD = 4_096  # rows that are no multiple of 16 are loaded element by element
 WIDE_BLOCK = 4_096  # columns a tile where a row takes several
 ELEMENTS_A_THREAD = 16  # two 16-byte loads of bf16 in flight for each thread and tensor
 
@@ -223,9 +224,14 @@ def forward_blocks(N: int) -> Blocks:
     return _row_blocks(N)
 
 
+def whole_rows_backward(N: int) -> bool:
+    """Whether the backward holds a whole row of N features in one tile."""
+    return N <= (ROW_LIMIT_BACKWARD if N % 16 == 0 else ROW_LIMIT_BACKWARD_ODD)
+
+
 def backward_blocks(N: int) -> Blocks:
     """Tile of the backward for rows of N features."""
-    if N > ROW_LIMIT_BACKWARD:
+    if not whole_rows_backward(N):
         return Blocks(1, WIDE_BLOCK, WIDE_BLOCK // (32 * ELEMENTS_A_THREAD))
     return _row_blocks(N)
 
@@ -300,7 +306,7 @@ def backward(
     strides = (dy_stride, h_stride, d_stride, N)
     block_m, block_n, warps = backward_blocks(N)
     with guard(h):
-        if N <= ROW_LIMIT_BACKWARD:
+        if whole_rows_backward(N):
             # as many programs as fit on the device at once, so that none starts late
             P = min(triton.cdiv(M, block_m), multiprocessors(h.device) * max(1, 16 // warps))
             partial = torch.empty(P, N, dtype=torch.float32, device=h.device)

@@ -24,6 +24,7 @@ EDGES = (
     Shape("smollm2_135m", 17, 576),
     Shape("block_and_one", 7, 1025),
     Shape("llama_1b", 4, 2048),
+    Shape("odd_row_limit", 2, 4095),
     Shape("row_limit", 2, 8192),
     Shape("past_row_limit", 3, 8200),
     Shape("wide_limit", 1, 32768),

@@ -133,6 +133,8 @@ def load_into(
         raise TypeError(
             f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
         )
+    if strict not in ("head", True, False):
+        raise ValueError(f"strict is {strict!r}; allowed are 'head', True and False")
     wanted = model.state_dict(keep_vars=True)
     result = match(
         wanted,

@@ -45,17 +45,15 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The stream after this layer, and the attention weights where they are asked for."""
         if residual is None:
-            residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
+            normed, stream = self.input_layernorm(hidden_states), hidden_states
         else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states, weights = self.self_attn(
-            hidden_states, rotation, mask, cache, output_attentions
-        )
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual, weights
+            normed, stream = self.input_layernorm(hidden_states, residual)
+        attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
+        normed, stream = self.post_attention_layernorm(attended, stream)
+        return self.mlp(normed), stream, weights
 
 
-def run_layer(layer: DecoderLayer, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """The layer's forward, recomputed in backward where gradient checkpointing is on."""
     if layer.checkpointing is None or not layer.training:
         return layer(*arguments)

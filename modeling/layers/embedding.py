@@ -12,7 +12,7 @@ from swathe.modeling.rope import ROPE_TYPES
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin (B or 1, T, D) for positions (B or 1, T), computed in fp32, rounded at the end."""
+    """cos and sin (B or 1, T, D) for positions (B or 1, T): fp32, rounded at the end."""
 
     inv_freq: Tensor
 

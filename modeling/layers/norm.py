@@ -26,7 +26,8 @@ class RMSNorm(KernelModule):
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps, self.offset, self.casting = eps, offset, casting
+        self.eps, self.offset = eps, offset
+        self.casting: Casting = casting
         self.reset_parameters()
         self.choice = self.pick(AUTO)
 

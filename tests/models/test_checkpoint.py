@@ -209,6 +209,8 @@ def test_casts_are_reported_and_rounded_once(tmp_path: Path) -> None:
     assert report.cast["lm_head.weight"] == (torch.float32, torch.bfloat16)
     assert "model.steps" not in report.cast
     assert "float32 -> bfloat16" in str(report)
+    with pytest.raises(ValueError, match=r"strict is 'yes'; allowed"):
+        load(on_meta(Headed), Checkpoint.open(tmp_path), strict="yes")
     with pytest.raises(TypeError, match=r"dtype is torch.int8"):
         load(on_meta(Headed), Checkpoint.open(tmp_path), dtype=torch.int8)
 

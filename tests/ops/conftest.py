@@ -1,4 +1,4 @@
-"""Ops run with poisoned memory: an output that a kernel leaves unwritten is NaN, not yesterday's."""
+"""Ops run with poisoned memory: what a kernel leaves unwritten is NaN, not yesterday's result."""
 
 from __future__ import annotations
 

@@ -1,0 +1,210 @@
+"""How time is taken: interleaved rounds, cold caches on a GPU, host time, peak memory.
+
+Contenders run in rounds, in an order that moves on by one every round, so that a change of clock
+or a noisy neighbour falls on all of them. The copy of the same number of bytes is one of them.
+
+CPU      a sample is a loop of calls of at least SAMPLE seconds; caches are as the loop leaves them.
+GPU      a sample is one replay of a CUDA graph of K calls, each on inputs of its own and writing
+         to memory of its own, between two events, after L2 was flushed by reading FLUSH_BYTES (by
+         reading, since lines left dirty would be written back at the contender's expense). The
+         flush also runs longer than the host needs to enqueue the replay, so that no gap of the
+         host is timed. Clocks are left as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], object]
+
+SAMPLE = 200e-6  # seconds: a hundred times what reading the clock costs
+FLUSH_BYTES = 512 << 20
+GRAPH_BYTES = 400e6  # traffic of one replay: about 100 us on the fastest card there is
+MOST_SETS = 32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call over all rounds."""
+
+    median: float
+    least: float
+    most: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        """Statistics of samples in microseconds."""
+        return cls(statistics.median(samples), min(samples), max(samples), tuple(samples))
+
+
+def input_sets(device: str, traffic: int) -> int:
+    """How many sets of inputs a contender goes through in one sample."""
+    if device == "cpu":
+        return 1
+    return max(1, min(MOST_SETS, math.ceil(GRAPH_BYTES / traffic)))
+
+
+def interleave(
+    samplers: dict[str, Callable[[], float]], rounds: int, before: Call | None = None
+) -> dict[str, list[float]]:
+    """`rounds` samples of each, the order rotated by one each round; `before` runs before each."""
+    names = list(samplers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        shift = round_ % len(names)
+        for name in names[shift:] + names[:shift]:
+            if before is not None:
+                before()
+            samples[name].append(samplers[name]())
+    return samples
+
+
+def time_on_cpu(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
+    """Microseconds a call of each contender, side by side."""
+    samplers = {}
+    for name, call in calls.items():
+        call()
+        estimate = min(_seconds(call, 1) for _ in range(3))
+        samplers[name] = _looped(call, max(1, min(2000, math.ceil(SAMPLE / estimate))))
+    samples = interleave(samplers, rounds)
+    return {name: Timing.of([1e6 * s for s in found]) for name, found in samples.items()}
+
+
+def _looped(call: Call, count: int) -> Callable[[], float]:
+    return lambda: _seconds(call, count) / count
+
+
+def _seconds(call: Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return time.perf_counter() - start
+
+
+class Replay:
+    """A CUDA graph of several calls; it keeps their outputs, so that no two write to one place."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.count = len(calls)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in (calls[0], calls[0], *calls):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = [call() for call in calls]
+
+    def start(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Enqueue one replay between two events."""
+        begin = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self.graph.replay()
+        end.record()
+        return begin, end
+
+
+class Flush:
+    """Replaces what L2 holds, by reading random numbers."""
+
+    def __init__(self) -> None:
+        self.data = torch.rand(FLUSH_BYTES // 4, device="cuda")
+        self.sink = torch.empty((), device="cuda")
+
+    def __call__(self) -> None:
+        torch.sum(self.data, dim=0, out=self.sink)
+
+
+def time_on_gpu(replays: dict[str, Replay], rounds: int) -> dict[str, Timing]:
+    """Microseconds a call of each captured contender, side by side, from a cold L2."""
+    flush = Flush()
+    pending: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in replays}
+
+    def enqueue(name: str) -> Callable[[], float]:
+        def sample() -> float:
+            pending[name].append(replays[name].start())
+            return 0.0
+
+        return sample
+
+    samplers = {name: enqueue(name) for name in replays}
+    interleave(samplers, 3, flush)
+    torch.cuda.synchronize()
+    for events in pending.values():
+        events.clear()
+    interleave(samplers, rounds, flush)
+    torch.cuda.synchronize()
+    return {
+        name: Timing.of([1e3 * b.elapsed_time(e) / replays[name].count for b, e in events])
+        for name, events in pending.items()
+    }
+
+
+def host_time(call: Call, *, calls: int = 30, batches: int = 9) -> Timing:
+    """Microseconds until a call returns to Python; on a GPU its kernels are only enqueued then."""
+    gpu = torch.cuda.is_available()
+    samples = []
+    for _ in range(batches):
+        if gpu:
+            torch.cuda.synchronize()
+        samples.append(1e6 * _seconds(call, calls) / calls)
+    if gpu:
+        torch.cuda.synchronize()
+    return Timing.of(samples)
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Most memory that torch holds for one call at any time, beyond what it held before.
+
+    On a CPU it is counted from torch's allocator, which scratch inside a library does not use.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        kept = call()
+    del kept
+    held = most = 0
+    for event in _allocations(traced):
+        held += event.cpu_memory_usage
+        most = max(most, held)
+    return most
+
+
+def _allocations(traced: profile) -> list[FunctionEvent]:
+    events = [e for e in traced.events() or [] if e.name == "[memory]"]
+    return sorted(events, key=lambda e: e.time_range.start)
+
+
+class Copy:
+    """Copies that move as many bytes as an op does: half read, half written."""
+
+    def __init__(self, traffic: int, device: str, sets: int) -> None:
+        size = max(1, traffic // 2)
+        self.pairs: list[tuple[Tensor, Tensor]] = [
+            (
+                torch.randint(0, 256, (size,), dtype=torch.uint8, device=device),
+                torch.empty(size, dtype=torch.uint8, device=device),
+            )
+            for _ in range(sets)
+        ]
+
+    def calls(self) -> list[Call]:
+        """One call for each pair of buffers."""
+        return [lambda d=d, s=s: d.copy_(s) for s, d in self.pairs]

@@ -1,0 +1,203 @@
+"""Generation: a prefill forward, then one forward a token, greedy or sampled.
+
+The model is called as `model(input_ids, attention_mask, position_ids, past_key_values, use_cache,
+logits_to_keep=1)` with keywords and returns `.logits` (B, 1, V); it fills the cache in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swathe.kernels.core.errors import did_you_mean
+from swathe.modeling.cache import DynamicCache
+from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
+from swathe.modeling.generation.sampling import NEVER, check_options, sample
+from swathe.modeling.generation.streamer import Streamer
+from swathe.modeling.outputs import ModelOutput
+
+# steps between two looks at whether every row has ended; a look waits for the device
+POLL, POLL_ELSEWHERE = {"cpu": 1}, 8
+_OPTIONS = (
+    "attention_mask", "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k",
+    "top_p", "eos_token_id", "pad_token_id", "streamer", "generator", "return_dict",
+)  # fmt: skip
+_ELSEWHERE = {
+    "max_length": "give max_new_tokens, which does not count the prompt",
+    "num_beams": "beam search is transformers' own: use it there",
+    "return_dict_in_generate": "the option is return_dict here",
+    "inputs_embeds": "generation starts from input_ids",
+}
+
+
+@dataclass
+class GenerateOutput(ModelOutput):
+    """`sequences` (B, T + new tokens): prompt, then tokens, then padding after a row's end."""
+
+    sequences: Tensor | None = None
+
+
+class GenerationMixin:
+    """Gives `generate` to a model with a language-model head."""
+
+    generation_config: Any = None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        attention_mask: Tensor | None = None,
+        min_new_tokens: int = 0,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        streamer: Streamer | None = None,
+        generator: torch.Generator | None = None,
+        return_dict: bool = False,
+        **unknown: Any,
+    ) -> Tensor | GenerateOutput:
+        """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens.
+
+        `attention_mask` (B, T) is 0 on padding, which must be on the left. A row ends with any of
+        `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
+        model's generation_config, then config, padding finally to the first EOS. Nothing
+        else is taken from a file. `temperature`, `top_k`, `top_p` and `generator` (on the logits'
+        device) apply with do_sample=True. `streamer` gets the prompt, then each step's tokens.
+
+        Raises TypeError for unknown options and wrong dtypes, ValueError for values out of range.
+        """
+        if unknown:
+            _refuse_unknown(next(iter(unknown)))
+        _check_counts(max_new_tokens, min_new_tokens)
+        if do_sample:
+            check_options(temperature, top_k, top_p)
+        elif (temperature, top_k, top_p, generator) != (1.0, None, None, None):
+            raise ValueError(
+                "temperature, top_k, top_p and generator choose how to sample, but do_sample is "
+                "False, so they would do nothing; pass do_sample=True or leave them out"
+            )
+        special = SpecialTokens.of(self, eos_token_id, pad_token_id)
+        prompt = read_prompt(self, input_ids, attention_mask, special)
+        run = _Run(self, prompt, special, max_new_tokens, streamer)
+
+        logits = run.prefill()
+        for step in range(max_new_tokens):
+            if step < min_new_tokens and special.eos is not None:
+                logits = logits.index_fill(-1, special.eos, NEVER)
+            if do_sample:
+                token = sample(logits, temperature, top_k, top_p, generator)
+            else:
+                token = logits.argmax(-1)
+            run.append(token)
+            if step + 1 == max_new_tokens or run.all_ended():
+                break
+            logits = run.decode()
+        sequences = run.finish()
+        return GenerateOutput(sequences=sequences) if return_dict else sequences
+
+
+class _Run:
+    """The state of one call: every buffer is made once, at its final size."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        special: SpecialTokens,
+        max_new_tokens: int,
+        streamer: Streamer | None,
+    ):
+        B, T = prompt.ids.shape
+        device = prompt.ids.device
+        self.model, self.prompt, self.special, self.streamer = model, prompt, special, streamer
+        self.cache = DynamicCache()
+        self.start = self.length = T
+        self.sequences = prompt.ids.new_empty(B, T + max_new_tokens)
+        self.sequences[:, :T] = prompt.ids
+        self.mask: Tensor | None = None
+        self.positions = torch.arange(T + max_new_tokens, device=device)[None]
+        if prompt.mask is not None:
+            self.mask = prompt.mask.new_ones(B, T + max_new_tokens)
+            self.mask[:, :T] = prompt.mask
+            self.positions = (self.mask.cumsum(1) - 1).clamp_min_(0)
+        self.ended = torch.zeros(B, dtype=torch.bool, device=device)
+        self.lengths = torch.full((B,), T, device=device)  # tokens up to and with a row's EOS
+        waits_anyway = streamer is not None
+        self.poll = 1 if waits_anyway else POLL.get(device.type, POLL_ELSEWHERE)
+
+    def _forward(self, begin: int) -> Tensor:
+        out = self.model(
+            input_ids=self.sequences[:, begin : self.length],
+            attention_mask=None if self.mask is None else self.mask[:, : self.length],
+            position_ids=self.positions[:, begin : self.length],
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def prefill(self) -> Tensor:
+        """Logits (B, V) after the prompt."""
+        if self.streamer is not None:
+            self.streamer.put(self.prompt.ids.cpu())
+        return self._forward(0)
+
+    def decode(self) -> Tensor:
+        """Logits (B, V) after the newest token."""
+        return self._forward(self.length - 1)
+
+    def append(self, token: Tensor) -> None:
+        """Add each row's token (B,), or padding where the row has ended."""
+        special = self.special
+        if special.eos is not None:
+            assert special.pad is not None
+            token = token.masked_fill(self.ended, special.pad)
+            self.lengths += ~self.ended
+            self.ended |= (token[:, None] == special.eos).any(1)
+        self.sequences[:, self.length] = token
+        self.length += 1
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+
+    def all_ended(self) -> bool:
+        """Whether every row has met its EOS; on a GPU it is looked at only now and then."""
+        if self.special.eos is None or (self.length - self.start) % self.poll:
+            return False
+        return bool(self.ended.all())
+
+    def finish(self) -> Tensor:
+        """Prompt and tokens, without the steps after the last row ended."""
+        if self.streamer is not None:
+            self.streamer.end()
+        if self.special.eos is not None and self.poll > 1:
+            self.length = int(self.lengths.max())
+        return self.sequences[:, : self.length].contiguous()
+
+
+def _check_counts(max_new_tokens: Any, min_new_tokens: Any) -> None:
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; give a whole number of at least 1")
+    if type(min_new_tokens) is not int or not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens is {min_new_tokens!r}; give a whole number from 0 to "
+            f"max_new_tokens={max_new_tokens}"
+        )
+
+
+def _refuse_unknown(name: str) -> None:
+    hint = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else did_you_mean(name, _OPTIONS)
+    raise TypeError(
+        f"generate has no option {name!r}{hint}; it has input_ids, {', '.join(_OPTIONS)}. For "
+        "everything else use transformers' generate"
+    )

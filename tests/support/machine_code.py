@@ -1,0 +1,129 @@
+"""Compile a Triton kernel for a GPU that is not here, and read what the machine code says.
+
+For NVIDIA targets the cubin is disassembled with the tools that Triton ships; for AMD the assembly
+text is read. Spills, register counts, widths of global accesses and fp64 arithmetic are facts of
+the code that will run; time is not among them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What one compiled kernel does: registers a thread, bytes spilled, accesses by bit width."""
+
+    registers: int
+    spilled: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    double_arithmetic: bool
+
+
+def compile_for(
+    kernel: Any,
+    target: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    num_warps: int,
+) -> MachineCode:
+    """Compile for `target`.
+
+    `types` gives each run-time parameter's Triton type ("*bf16", "i32"), `constants` the
+    constexprs, `divisible` the parameters known to be multiples of 16, as Triton specialises them.
+    """
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        fn=kernel,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
+    )
+    gpu = TARGETS[target]
+    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps})
+    shared = compiled.metadata.shared
+    if gpu.backend == "hip":
+        return _read_amd(compiled.asm["amdgcn"], shared)
+    return _read_nvidia(compiled.asm["cubin"], shared)
+
+
+def _read_nvidia(cubin: bytes, shared: int) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        code = _tool("nvdisasm", "-c", str(path))
+    registers, stack = (int(_one(rf"{what}:(\d+)", usage)) for what in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return MachineCode(
+        registers,
+        max(stack, 4 * spills),
+        shared,
+        _widths(r"\bLDG\.E((?:\.\w+)*)", code),
+        _widths(r"\bSTG\.E((?:\.\w+)*)", code),
+        bool(re.search(r"\b(?:DADD|DMUL|DFMA|MUFU\.RSQ64H)\b", code)),
+    )
+
+
+def _widths(pattern: str, code: str) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for suffixes in re.findall(pattern, code):
+        width = next((int(w) for w in ("128", "64", "256") if f".{w}" in suffixes), 32)
+        width = next((w for name, w in (("U16", 16), ("U8", 8)) if name in suffixes), width)
+        found[width] = found.get(width, 0) + 1
+    return found
+
+
+def _read_amd(assembly: str, shared: int) -> MachineCode:
+    spills = int(_one(r"\.vgpr_spill_count:\s*(\d+)", assembly))
+    scratch = int(_one(r"\.private_segment_fixed_size:\s*(\d+)", assembly))
+
+    def widths(what: str) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for unit in re.findall(rf"\b(?:global|buffer)_{what}_(\w+)", assembly):
+            width = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}.get(unit, 16)
+            found[width] = found.get(width, 0) + 1
+        return found
+
+    return MachineCode(
+        int(_one(r"\.vgpr_count:\s*(\d+)", assembly)),
+        max(4 * spills, scratch),
+        shared,
+        widths("load"),
+        widths("store"),
+        bool(re.search(r"\bv_(?:add|mul|fma)_f64\b", assembly)),
+    )
+
+
+def _one(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in what the tool printed"
+    return match.group(1)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    run = subprocess.run(
+        [str(_TOOLS / name), *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
