@@ -3,7 +3,8 @@
 Contenders run in rounds, in an order that moves on by one every round, so that a change of clock
 or a noisy neighbour falls on all of them. The copy of the same number of bytes is one of them.
 
-CPU      a sample is a loop of calls of at least SAMPLE seconds; caches are as the loop leaves them.
+CPU      a sample is a loop of calls of at least SAMPLE seconds; caches are as the loop leaves them,
+         and outputs are allocated by each call, as in a model (the copy writes to memory it has).
 GPU      a sample is one replay of a CUDA graph of K calls, each on inputs of its own and writing
          to memory of its own, between two events, after L2 was flushed by reading FLUSH_BYTES (by
          reading, since lines left dirty would be written back at the contender's expense). The
@@ -14,6 +15,7 @@ GPU      a sample is one replay of a CUDA graph of K calls, each on inputs of it
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,8 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler_util import FunctionEvent
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 Call = Callable[[], object]
 
@@ -30,6 +31,9 @@ SAMPLE = 200e-6  # seconds: a hundred times what reading the clock costs
 FLUSH_BYTES = 512 << 20
 GRAPH_BYTES = 400e6  # traffic of one replay: about 100 us on the fastest card there is
 MOST_SETS = 32
+FEWEST = 5
+# the profiler that counts memory on a CPU announces every start and stop on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,21 @@ def input_sets(device: str, traffic: int) -> int:
 
 
 def interleave(
-    samplers: dict[str, Callable[[], float]], rounds: int, before: Call | None = None
+    samplers: dict[str, Callable[[], float]],
+    rounds: int,
+    before: Call | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """`rounds` samples of each, the order rotated by one each round; `before` runs before each."""
+    """`rounds` samples of each, the order rotated by one each round; `before` runs before each.
+
+    After FEWEST rounds it stops early where `seconds` have passed.
+    """
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
     for round_ in range(rounds):
+        if round_ >= FEWEST and time.perf_counter() - start > seconds:
+            break
         shift = round_ % len(names)
         for name in names[shift:] + names[:shift]:
             if before is not None:
@@ -69,14 +82,14 @@ def interleave(
     return samples
 
 
-def time_on_cpu(calls: dict[str, Call], rounds: int) -> dict[str, Timing]:
-    """Microseconds a call of each contender, side by side."""
+def time_on_cpu(calls: dict[str, Call], rounds: int, seconds: float) -> dict[str, Timing]:
+    """Microseconds a call of each contender, side by side; `seconds` as in `interleave`."""
     samplers = {}
     for name, call in calls.items():
         call()
         estimate = min(_seconds(call, 1) for _ in range(3))
         samplers[name] = _looped(call, max(1, min(2000, math.ceil(SAMPLE / estimate))))
-    samples = interleave(samplers, rounds)
+    samples = interleave(samplers, rounds, seconds=seconds)
     return {name: Timing.of([1e6 * s for s in found]) for name, found in samples.items()}
 
 
@@ -177,19 +190,17 @@ def peak_bytes(call: Call, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+    with profile(profile_memory=True) as traced:
         kept = call()
     del kept
+    results = traced.kineto_results
+    assert results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     held = most = 0
-    for event in _allocations(traced):
-        held += event.cpu_memory_usage
+    for _, change in sorted(changes):
+        held += change
         most = max(most, held)
     return most
-
-
-def _allocations(traced: profile) -> list[FunctionEvent]:
-    events = [e for e in traced.events() or [] if e.name == "[memory]"]
-    return sorted(events, key=lambda e: e.time_range.start)
 
 
 class Copy:

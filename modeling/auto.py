@@ -55,19 +55,19 @@ def model_types() -> list[str]:
 
 def model_class(model_type: object, head: str) -> Any:
     """The class of a family: head "config", "base" or "causal_lm". Imports that family only."""
-    if model_type in _registered:
-        found = _registered[str(model_type)].get(head)
-    elif isinstance(model_type, str) and model_type in _folders():
-        name = import_module(f"swathe.modeling.families.{model_type}").CLASSES.get(head)
-        room = "configuration" if head == "config" else "modeling"
-        home = f"swathe.modeling.families.{model_type}.{room}_{model_type}"
-        found = name and getattr(import_module(home), name)
-    else:
+    if not isinstance(model_type, str) or model_type not in model_types():
         raise ConfigError(
             f"model_type {model_type!r} is not known{did_you_mean(str(model_type), model_types())};"
             f" known: {model_types()}. Code shipped with a checkpoint is never run; add your own "
             "class with swathe.register_model"
         )
+    if model_type in _registered:
+        found = _registered[model_type].get(head)
+    else:
+        name = import_module(f"swathe.modeling.families.{model_type}").CLASSES.get(head)
+        room = "configuration" if head == "config" else "modeling"
+        home = f"swathe.modeling.families.{model_type}.{room}_{model_type}"
+        found = name and getattr(import_module(home), name)
     if found is None:
         raise ConfigError(f"model_type {model_type!r} has no class for {head!r}")
     return found

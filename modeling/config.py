@@ -129,7 +129,8 @@ class PreTrainedConfig(metaclass=_ConfigType):
         if self.label2id is None:
             self.label2id = {v: k for k, v in self.id2label.items()}
         for name, hint in _hints(type(self)).items():
-            check_type(type(self).__name__, name, getattr(self, name), hint)
+            if name in vars(self):
+                check_type(type(self).__name__, name, vars(self)[name], hint)
         self.extra = copy.deepcopy(dict(self.extra))
         self.validate()
 
@@ -195,6 +196,13 @@ class PreTrainedConfig(metaclass=_ConfigType):
         if "num_labels" in changes or "id2label" in changes:
             kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
         return type(self)(**{**kept, **changes})
+
+    def running(self, attn: str | None, norm: str | None, kernels: Any) -> Self:
+        """A copy that runs on the given backends; None keeps a choice, unless `kernels` is new."""
+        given = {"attn_implementation": attn, "norm_implementation": norm, "kernels": kernels}
+        if kernels is None:
+            given = {k: v for k, v in given.items() if v is not None}
+        return self.replace(**given)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]

@@ -68,32 +68,21 @@ class LoadingMixin:
         """The model stored in directory `path`, in eval mode.
 
         dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
-        device_map: one device for everything. strict: "head" lets only parameters of a new head be
-        missing, True nothing, False anything. Other keyword arguments replace configuration values.
-        Raises FileNotFoundError, ConfigError, CheckpointError (naming file and key), or TypeError
-        for an unknown argument, before a model is returned. With `output_loading_info`, returns
-        (model, HF's dict of missing, unexpected and mismatched keys).
+        device_map: one device for all. strict: "head" lets parameters of a new head be missing,
+        True nothing, False anything. Other keyword arguments replace configuration values.
+        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
+        an unknown argument. With `output_loading_info`, returns (model, HF's dict of key sets).
         """
         model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
-        if torch.get_default_device().type == "meta":
-            raise RuntimeError(
-                "You are using `from_pretrained` with a meta device context manager, which would "
-                "discard the weights; leave the context, or use from_config in it"
-            )
+        _refuse_meta_context()
         overrides = _config_overrides(model_class, options)
         device = _single_device(device_map)
-        policy_names = {
-            "attn_implementation": attn_implementation,
-            "norm_implementation": norm_implementation,
-            "kernels": kernels,
-        }
         KernelPolicy.of(kernels, attn_implementation, norm_implementation)
         if config is None:
             own = model_class.config_class.from_pretrained(path, subfolder=subfolder, **overrides)
         else:
             own = config.replace(**overrides)
-        on_config = {k: tuple(getattr(config, k, ())) for k in _IGNORE_KEYS}
-        own = own.replace(**{k: v for k, v in policy_names.items() if v is not None})
+        own = own.running(attn_implementation, norm_implementation, kernels)
         checkpoint = Checkpoint.open(Path(path) / subfolder)
         asked = torch_dtype if torch_dtype is not None and dtype == "auto" else dtype
         chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
@@ -106,16 +95,8 @@ class LoadingMixin:
             device=device,
             tied=model.tied_parameters(),
             prefix=model.base_model_prefix,
-            ignore_missing=(
-                *ignore_missing,
-                *model_class._keys_to_ignore_on_load_missing,
-                *on_config["_keys_to_ignore_on_load_missing"],
-            ),
-            ignore_unexpected=(
-                *ignore_unexpected,
-                *model_class._keys_to_ignore_on_load_unexpected,
-                *on_config["_keys_to_ignore_on_load_unexpected"],
-            ),
+            ignore_missing=_patterns("missing", ignore_missing, cls, config),
+            ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
             strict=strict,  # type: ignore[arg-type]
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
@@ -165,7 +146,18 @@ class LoadingMixin:
         )
 
 
-_IGNORE_KEYS = ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+def _refuse_meta_context() -> None:
+    if torch.get_default_device().type == "meta":
+        raise RuntimeError(
+            "You are using `from_pretrained` with a meta device context manager, which would "
+            "discard the weights; leave the context, or use from_config in it"
+        )
+
+
+def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
+    """Names to ignore: the argument's, the class's, and those a caller set on the config."""
+    name = f"_keys_to_ignore_on_load_{what}"
+    return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
 
 
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:

@@ -270,26 +270,16 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         copied, not changed.
         """
         chosen = dtype_named(dtype if dtype is not None else config.dtype, "from_config")
-        runtime = _runtime(config, attn_implementation, norm_implementation, kernels)
+        own = config.running(attn_implementation, norm_implementation, kernels)
         before = torch.get_default_dtype()
         with (
             torch.device(device) if device is not None else torch.device(torch.get_default_device())
         ):
             torch.set_default_dtype(chosen or before)
             try:
-                return cls(config.replace(**runtime))
+                return cls(own)
             finally:
                 torch.set_default_dtype(before)
-
-
-def _runtime(
-    config: PreTrainedConfig, attn: str | None, norm: str | None, kernels: Any
-) -> dict[str, Any]:
-    given = {"attn_implementation": attn, "norm_implementation": norm, "kernels": kernels}
-    if kernels is not None:
-        # a new `kernels` is not to be overruled by names left from before
-        return given
-    return {k: getattr(config, k) if v is None else v for k, v in given.items()}
 
 
 def _own_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

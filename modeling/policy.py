@@ -125,13 +125,18 @@ class KernelPolicy:
             module.choice = choice
 
 
+def backends_of(op: str) -> list[str]:
+    """The names that may be given for an op, "auto" among them."""
+    full_name, home = OPS[op]
+    import_module(home)
+    return [AUTO, *registered(full_name)]
+
+
 def check_backend(op: str, name: object) -> None:
     """Raise ValueError unless `name` is "auto" or a registered backend of `op`."""
     if op not in OPS:
         raise ValueError(f"kernels: unknown op {op!r}{did_you_mean(op, OPS)}; known: {list(OPS)}")
-    full_name, home = OPS[op]
-    import_module(home)
-    allowed = [AUTO, *registered(full_name)]
+    allowed = backends_of(op)
     if name not in allowed:
         raise ValueError(
             f'Specified {op}_implementation="{name}" is not supported'
@@ -151,6 +156,12 @@ def kernel_modules(model: nn.Module) -> Iterator[tuple[str, KernelModule]]:
             yield name, module
 
 
+def _for_ops_with(name: object) -> dict[str, str]:
+    """The backend for each op that has it; a name that none has is left for the check."""
+    having = {op: str(name) for op in OPS if name in backends_of(op)}
+    return having or dict.fromkeys(OPS, str(name))
+
+
 def _from_mapping(kernels: Mapping[str, Any]) -> KernelPolicy:
     ops: dict[str, str] = {}
     overrides: dict[str, Mapping[str, str]] = {}
@@ -163,7 +174,7 @@ def _from_mapping(kernels: Mapping[str, Any]) -> KernelPolicy:
                 'module pattern such as "layers.0.*"'
             )
         else:
-            overrides[key] = wanted if isinstance(wanted, Mapping) else dict.fromkeys(OPS, wanted)
+            overrides[key] = wanted if isinstance(wanted, Mapping) else _for_ops_with(wanted)
     return KernelPolicy(**ops, overrides=overrides)
 
 

@@ -144,17 +144,8 @@ def _describe(mask: Mask | Tensor | None, causal: bool, q: Tensor, k: Tensor) ->
     if mask is None:
         return Mask(causal=causal, rows_may_be_empty=causal and q.shape[2] > k.shape[2])
     if isinstance(mask, Tensor):
-        full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        fits = 0 < mask.dim() <= 4 and all(
-            have in (1, want)
-            for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
-        )
-        if not fits or mask.device != q.device:
-            raise ValueError(
-                f"attention: mask is {tuple(mask.shape)} on {mask.device}; it must broadcast to "
-                f"(B, H, T, S) = {full} on {q.device}"
-            )
-        mask = mask.expand(*[1] * (4 - mask.dim()), *mask.shape)
+        if mask.dim() <= 4:
+            mask = mask.expand(*[1] * (4 - mask.dim()), *mask.shape)
         if mask.dtype == torch.bool:
             mask = Mask(allowed=mask)
         elif mask.is_floating_point():
@@ -164,7 +155,35 @@ def _describe(mask: Mask | Tensor | None, causal: bool, q: Tensor, k: Tensor) ->
                 f"attention: mask is {mask.dtype}; it must be bool (True: visible) or floating "
                 "point (added to the scores). Use mask.bool() for a mask of 0 and 1"
             )
+    if not mask.trivial:
+        _check_parts(mask, q, k.shape[2])
     return mask.with_causal() if causal else mask
+
+
+def _check_parts(mask: Mask, q: Tensor, S: int) -> None:
+    B, H, T, _ = q.shape
+    rows, full = ((B,), (B, T)), ((B, H, T, S),)
+    for name, part, shapes in (
+        ("start", mask.start, rows),
+        ("end", mask.end, rows),
+        ("keys", mask.keys, ((B, S),)),
+        ("allowed", mask.allowed, full),
+        ("bias", mask.bias, full),
+    ):
+        if part is not None and (
+            part.device != q.device or not any(_broadcasts(part.shape, s) for s in shapes)
+        ):
+            raise ValueError(
+                f"attention: mask ({name}) is {tuple(part.shape)} on {part.device}; it must "
+                f"broadcast to {' or '.join(map(str, shapes))} on {q.device}, from q (B, H, T, D) "
+                f"= {tuple(q.shape)} and {S} keys"
+            )
+
+
+def _broadcasts(shape: torch.Size, to: tuple[int, ...]) -> bool:
+    return len(shape) == len(to) and all(
+        have in (1, want) for have, want in zip(shape, to, strict=True)
+    )
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:

@@ -23,9 +23,9 @@ def arch(device: torch.device) -> int | None:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 on anything else, so that several programs run in tests too."""
+    """Multiprocessors of a GPU; 16 on anything else, so that tests too run many programs."""
     if device.type != "cuda":
-        return 2
+        return 16
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

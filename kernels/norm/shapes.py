@@ -20,6 +20,7 @@ EDGES = (
     Shape("single_column", 37, 1),
     Shape("odd", 5, 37),
     Shape("head_64", 24, 64),
+    Shape("many_tiles", 600, 130),
     Shape("prime", 3, 509),
     Shape("smollm2_135m", 17, 576),
     Shape("block_and_one", 7, 1025),

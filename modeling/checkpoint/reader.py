@@ -152,14 +152,10 @@ def load_into(
     loaded: dict[str, Tensor] = {}
     with Progress("loading", sum(info.nbytes for _, info in plan), enabled=progress) as bar:
         for name, info in plan:
-            stored = checkpoint.read(info.name)
             target = dtype if dtype is not None and wanted[name].is_floating_point() else info.dtype
-            value = stored.to(target)
-            if check_finite:
-                _require_finite(value, stored, info)
             if target != info.dtype:
                 result.report.cast[name] = (info.dtype, target)
-            loaded[name] = value.to(device)
+            loaded[name] = _read_as(checkpoint, info, target, check_finite).to(device)
             bar.advance(info.nbytes)
     for name, value in loaded.items():
         _assign(model, name, value)
@@ -184,6 +180,14 @@ def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
                 file=info.file,
                 key=info.name,
             )
+
+
+def _read_as(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype, check: bool) -> Tensor:
+    stored = checkpoint.read(info.name)
+    value = stored.to(dtype)
+    if check:
+        _require_finite(value, stored, info)
+    return value
 
 
 def _require_finite(value: Tensor, stored: Tensor, info: TensorInfo) -> None:

@@ -39,16 +39,16 @@ class GenerationConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """What generation_config.json in `directory` says; all None where there is no such file.
+    def from_pretrained(cls, directory: str | Path) -> Self | None:
+        """What generation_config.json in `directory` says; None where there is no such file.
 
-        A file that cannot be used is reported with a CheckpointWarning and ignored: the weights do
-        not depend on it.
+        A file that cannot be used is reported with a CheckpointWarning and taken as absent. Absent
+        stays absent on saving: an empty file would hide config.json's EOS from transformers.
         """
         directory = Path(directory)
         path = directory / FILE_NAME
         if not path.exists():
-            return cls()
+            return None
         try:
             data = read_small(resolve_inside(directory, FILE_NAME), CONFIG_CAP, "E_CONFIG")
             found = json_object.parse(
@@ -56,7 +56,7 @@ class GenerationConfig:
             )
         except CheckpointError as error:
             _warn(f"{error}. It is ignored; special tokens come from config.json")
-            return cls()
+            return None
         known = {}
         for name, fits in _KNOWN.items():
             value = found.pop(name, None)

@@ -6,8 +6,9 @@ logits_to_keep=1)` with keywords and returns `.logits` (B, 1, V); it fills the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,23 @@ from torch import Tensor
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.cache import DynamicCache
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
-from swathe.modeling.generation.sampling import NEVER, check_options, sample
+from swathe.modeling.generation.sampling import NEVER, check_options, greedy, sample
 from swathe.modeling.generation.streamer import Streamer
 from swathe.modeling.outputs import ModelOutput
 
 # steps between two looks at whether every row has ended; a look waits for the device
-POLL, POLL_ELSEWHERE = {"cpu": 1}, 8
+POLL, POLL_OTHERWISE = {"cpu": 1}, 8
 _OPTIONS = (
-    "attention_mask", "max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k",
-    "top_p", "eos_token_id", "pad_token_id", "streamer", "generator", "return_dict",
+    "input_ids", "attention_mask", "max_new_tokens", "min_new_tokens", "do_sample", "temperature",
+    "top_k", "top_p", "eos_token_id", "pad_token_id", "streamer", "generator", "return_dict",
 )  # fmt: skip
+_SAMPLING = ("temperature", "top_k", "top_p", "generator")
 _ELSEWHERE = {
     "max_length": "give max_new_tokens, which does not count the prompt",
     "num_beams": "beam search is transformers' own: use it there",
     "return_dict_in_generate": "the option is return_dict here",
+    "inputs": "it is called input_ids",
+    "token_type_ids": "decoders do not read it: leave it out",
     "inputs_embeds": "generation starts from input_ids",
 }
 
@@ -78,30 +82,15 @@ class GenerationMixin:
         if unknown:
             _refuse_unknown(next(iter(unknown)))
         _check_counts(max_new_tokens, min_new_tokens)
-        if do_sample:
-            check_options(temperature, top_k, top_p)
-        elif (temperature, top_k, top_p, generator) != (1.0, None, None, None):
-            raise ValueError(
-                "temperature, top_k, top_p and generator choose how to sample, but do_sample is "
-                "False, so they would do nothing; pass do_sample=True or leave them out"
-            )
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
+        options = (temperature, top_k, top_p, generator)
+        _check_sampling(do_sample, options, prompt.ids.device)
+        choose = partial(
+            sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
         run = _Run(self, prompt, special, max_new_tokens, streamer)
-
-        logits = run.prefill()
-        for step in range(max_new_tokens):
-            if step < min_new_tokens and special.eos is not None:
-                logits = logits.index_fill(-1, special.eos, NEVER)
-            if do_sample:
-                token = sample(logits, temperature, top_k, top_p, generator)
-            else:
-                token = logits.argmax(-1)
-            run.append(token)
-            if step + 1 == max_new_tokens or run.all_ended():
-                break
-            logits = run.decode()
-        sequences = run.finish()
+        sequences = run.all_tokens(choose if do_sample else greedy, min_new_tokens)
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
 
@@ -132,9 +121,23 @@ class _Run:
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)
         self.lengths = torch.full((B,), T, device=device)  # tokens up to and with a row's EOS
         waits_anyway = streamer is not None
-        self.poll = 1 if waits_anyway else POLL.get(device.type, POLL_ELSEWHERE)
+        self.poll = 1 if waits_anyway else POLL.get(device.type, POLL_OTHERWISE)
+
+    def all_tokens(self, choose: Callable[[Tensor], Tensor], min_new_tokens: int) -> Tensor:
+        """Run the model until every row has ended or the buffer is full."""
+        if self.streamer is not None:
+            self.streamer.put(self.prompt.ids.cpu())
+        logits = self._forward(0)
+        while True:
+            if self.length - self.start < min_new_tokens and self.special.eos is not None:
+                logits = logits.index_fill(-1, self.special.eos, NEVER)
+            self._append(choose(logits))
+            if self.length == self.sequences.shape[1] or self._all_ended():
+                return self._finish()
+            logits = self._forward(self.length - 1)
 
     def _forward(self, begin: int) -> Tensor:
+        """Logits (B, V) after the newest token; the cache holds those before `begin`."""
         out = self.model(
             input_ids=self.sequences[:, begin : self.length],
             attention_mask=None if self.mask is None else self.mask[:, : self.length],
@@ -147,17 +150,7 @@ class _Run:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def prefill(self) -> Tensor:
-        """Logits (B, V) after the prompt."""
-        if self.streamer is not None:
-            self.streamer.put(self.prompt.ids.cpu())
-        return self._forward(0)
-
-    def decode(self) -> Tensor:
-        """Logits (B, V) after the newest token."""
-        return self._forward(self.length - 1)
-
-    def append(self, token: Tensor) -> None:
+    def _append(self, token: Tensor) -> None:
         """Add each row's token (B,), or padding where the row has ended."""
         special = self.special
         if special.eos is not None:
@@ -170,13 +163,13 @@ class _Run:
         if self.streamer is not None:
             self.streamer.put(token.cpu())
 
-    def all_ended(self) -> bool:
+    def _all_ended(self) -> bool:
         """Whether every row has met its EOS; on a GPU it is looked at only now and then."""
         if self.special.eos is None or (self.length - self.start) % self.poll:
             return False
         return bool(self.ended.all())
 
-    def finish(self) -> Tensor:
+    def _finish(self) -> Tensor:
         """Prompt and tokens, without the steps after the last row ended."""
         if self.streamer is not None:
             self.streamer.end()
@@ -195,9 +188,28 @@ def _check_counts(max_new_tokens: Any, min_new_tokens: Any) -> None:
         )
 
 
+def _check_sampling(
+    do_sample: bool,
+    options: tuple[float, int | None, float | None, torch.Generator | None],
+    device: torch.device,
+) -> None:
+    generator = options[3]
+    if not do_sample and options != (1.0, None, None, None):
+        raise ValueError(
+            f"{', '.join(_SAMPLING)} choose how to sample, but do_sample is False, so they would "
+            "do nothing; pass do_sample=True or leave them out"
+        )
+    check_options(*options[:3])
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(
+            f"generator is on {generator.device}, the logits on {device}; use "
+            f"torch.Generator({device.type!r})"
+        )
+
+
 def _refuse_unknown(name: str) -> None:
     hint = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else did_you_mean(name, _OPTIONS)
     raise TypeError(
-        f"generate has no option {name!r}{hint}; it has input_ids, {', '.join(_OPTIONS)}. For "
+        f"generate has no option {name!r}{hint}; it has {', '.join(_OPTIONS)}. For "
         "everything else use transformers' generate"
     )

@@ -54,6 +54,11 @@ def filtered(
     return scores, tokens
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The most likely token id (B,) for each row of logits (B, V)."""
+    return logits.argmax(-1)
+
+
 def sample(
     logits: Tensor,
     temperature: float = 1.0,

@@ -28,9 +28,10 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq, self.factor = kind.frequencies(self.rope, self.head_dim, device)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        unfilled = self.inv_freq.is_meta
         super()._apply(fn, recurse)
-        # a model in half precision keeps its frequencies in fp32
-        if self.inv_freq.dtype != torch.float32 or self.inv_freq.is_meta:
+        # a model in half precision keeps its frequencies in fp32; off meta they come as garbage
+        if unfilled or self.inv_freq.dtype != torch.float32:
             self.reset_buffers(self.inv_freq.device)
         return self
 

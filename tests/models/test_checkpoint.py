@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -273,6 +276,89 @@ def test_not_a_directory(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(CheckpointError, match="E_NOTDIR"):
         Checkpoint.open(path)
+
+
+def test_one_stored_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = stored(tmp_path, values(Headed()))
+    alive: list[weakref.ref[Tensor]] = []
+    original = Checkpoint.read
+
+    def read(self: Checkpoint, name: str) -> Tensor:
+        assert not any(ref() is not None for ref in alive)
+        tensor = original(self, name)
+        if tensor.is_floating_point():  # others are not cast and become the model's
+            alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "read", read)
+    load(on_meta(Headed), checkpoint, dtype=torch.bfloat16)
+    assert len(alive) == len(checkpoint.tensors) - 1
+
+
+def test_damaged_bytes_never_get_past_the_checks(tmp_path: Path) -> None:
+    """Thousands of damaged headers: refused with the file's name, or harmless."""
+    checkpoint = stored(tmp_path, values(Headed()))
+    path = tmp_path / "model.safetensors"
+    good = path.read_bytes()
+    header = min(info.offset for info in checkpoint.tensors.values())
+    random = Random(5)
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(good)
+        for _ in range(random.randint(1, 3)):
+            at = random.randrange(header)
+            match random.randrange(3):
+                case 0:
+                    data[at] = random.randrange(256)
+                case 1:
+                    data[at] = random.choice(b'0123456789[]{},:"-FIU')
+                case 2:
+                    del data[at : at + random.randint(1, 9)]
+        path.write_bytes(data)
+        try:
+            opened = Checkpoint.open(tmp_path)
+        except CheckpointError as error:
+            refused += 1
+            assert error.file == path and str(path) in str(error)
+        else:
+            assert sum(info.nbytes for info in opened.tensors.values()) == len(good) - header
+            assert all(opened.read(n).shape == info.shape for n, info in opened.tensors.items())
+    assert refused > 1500
+
+
+PERTURBATIONS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "whole": lambda t: t,
+    "missing": lambda t: {k: v for k, v in t.items() if "layers.1.mlp" not in k},
+    "unexpected": lambda t: t | {"model.more": torch.ones(2)},
+    "renamed": lambda t: {k.replace("up_proj", "upper_proj"): v for k, v in t.items()},
+    "mismatched": lambda t: t | {"lm_head.weight": torch.ones(40, 16)},
+    "body only": lambda t: {
+        k.removeprefix("model."): v for k, v in t.items() if k.startswith("model.")
+    },
+}
+
+
+@pytest.mark.parametrize("name", PERTURBATIONS)
+def test_loading_info_is_what_transformers_reports(name: str, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    whole = LlamaForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    state = {key: value.clone() for key, value in whole.state_dict().items()}
+    checkpoint = stored(tmp_path, PERTURBATIONS[name](state))
+    _, expected = LlamaForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert load(model, checkpoint, strict=False).as_dict() == {
+        key: expected[key] if key == "error_msgs" else set(expected[key])
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    }
 
 
 class Terminal(io.StringIO):

@@ -1,4 +1,5 @@
 """Hostile and damaged checkpoint directories: each gets one clear error, fast, and loads nothing.
+
 Transformers loads 20 of the 83 that a survey tried.
 """
 
@@ -170,8 +171,8 @@ def big_index(d: Path) -> None:
         file.truncate(65 * 2**20)
 
 
-TWICE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' \
-        b'"w":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'  # fmt: skip
+_ONE = b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+TWICE = b"{%b,%b}" % (_ONE, _ONE)
 MAP_TWICE = b'{"weight_map":{"up.weight":"a.safetensors","up.weight":"b.safetensors"}}'
 NESTED = b'{"w":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
@@ -196,7 +197,7 @@ STRUCTURE: dict[str, tuple[Attack, str, str]] = {
     "map to /dev/zero": (lambda d: remap(d, "/dev/zero"), "E_PATH", "/dev/zero"),
     "shard is a FIFO": (fifo_shard, "E_NOTFILE", A),
     "shard is a folder": (folder_shard, "E_NOTFILE", A),
-    "weights are a FIFO": (lambda d: os.mkfifo(d / "model.safetensors"), "E_NOTFILE", "model.saf"),
+    "weights are a FIFO": (lambda d: os.mkfifo(d / "model.safetensors"), "E_NOTFILE", "model.s"),
     "index is a FIFO": (lambda d: os.mkfifo(d / INDEX), "E_NOTFILE", INDEX),
     "config is a FIFO": (lambda d: os.mkfifo(d / "config.json"), "E_NOTFILE", "config.json"),
     "shard name is a number": (lambda d: remap(d, 7), "E_INDEX", "7"),
@@ -243,7 +244,7 @@ STRUCTURE: dict[str, tuple[Attack, str, str]] = {
     "header is a list": (lambda d: raw(d, [1]), "E_SAFETENSORS", "list"),
     "header is nested": (lambda d: raw(d, NESTED), "E_SAFETENSORS", "deep"),
     "header has NaN": (lambda d: raw(d, b'{"w":NaN}'), "E_SAFETENSORS", "NaN"),
-    "header repeats a name": (lambda d: raw(d, TWICE, bytes(8)), "E_SAFETENSORS", "twice"),
+    "header repeats a name": (lambda d: raw(d, TWICE, bytes(4)), "E_SAFETENSORS", "twice"),
     "entry is a number": (lambda d: raw(d, {"w": 3}), "E_SAFETENSORS", "'w'"),
     "entry lacks offsets": (
         lambda d: raw(d, {"w": {"dtype": "F32", "shape": [2]}}), "E_SAFETENSORS", "data_offsets"),
@@ -298,9 +299,7 @@ def renamed(d: Path) -> None:
 
 
 def poisoned(value: float) -> torch.Tensor:
-    weight = torch.randn(4, 3)
-    weight[1, 2] = value
-    return weight
+    return torch.tensor([[1.0] * 3] * 3 + [[2.0, value, 3.0]])
 
 
 CONTENT: dict[str, tuple[Attack, str, str]] = {

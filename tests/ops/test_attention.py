@@ -276,8 +276,23 @@ REFUSALS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "dropout": (ValueError, "at least 0 and below 1", lambda: attention(q0, k0, v0, dropout=1.0)),
     "mask shape": (
         ValueError,
-        r"mask is \(3, 1, 5, 7\).*must broadcast to \(B, H, T, S\) = \(3, 4, 5, 8\)",
+        r"mask \(allowed\) is \(3, 1, 5, 7\).*must broadcast to \(3, 4, 5, 8\) on cpu",
         lambda: attention(q0, k0, v0, torch.ones(B, 1, T, 7).bool()),
+    ),
+    "start": (
+        ValueError,
+        r"mask \(start\) is \(2,\) on cpu; it must broadcast to \(3,\) or \(3, 5\) on cpu",
+        lambda: attention(q0, k0, v0, Mask(start=torch.tensor([0, 1]))),
+    ),
+    "keys": (
+        ValueError,
+        r"mask \(keys\) is \(3, 5\) on cpu; it must broadcast to \(3, 8\)",
+        lambda: attention(q0, k0, v0, Mask(keys=torch.ones(B, T).bool())),
+    ),
+    "five dimensions": (
+        ValueError,
+        r"mask \(bias\) is \(1, 3, 4, 5, 8\)",
+        lambda: attention(q0, k0, v0, torch.zeros(1, B, H, T, S)),
     ),
     "mask dtype": (TypeError, r"mask\.bool\(\)", lambda: attention(q0, k0, v0, _int_mask())),
     "backend": (

@@ -27,6 +27,8 @@ from support.sanitizer import GRID_LIMIT, Watch, watch
 
 __all__ = ["SanitizerError", "Watch", "install", "sanitized", "virtual_tensor"]
 
+_MAP_NORESERVE = 0x4000  # Linux; the module mmap names it from Python 3.13 on only
+
 # the interpreter keeps the current program in a global, so launches take turns
 _turn = threading.RLock()
 _scopes: dict[frozenset[int], Any] = {}
@@ -73,7 +75,8 @@ def sanitized(
 def virtual_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Zeros whose pages take memory only once they are written: gigabytes at no cost."""
     size = prod(shape) * dtype.itemsize
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    memory = mmap.mmap(-1, size, flags=flags)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 

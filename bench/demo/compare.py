@@ -1,0 +1,217 @@
+"""swathe beside transformers: the same prompts on the same weights, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first position where two greedy texts differ, and how the reference rated both tokens."""
+
+    prompt: int
+    position: int
+    theirs: int
+    ours: int
+    gap_theirs: float
+    gap_ours: float
+
+
+@dataclass
+class Figures:
+    """What was measured of one contender; the first contender is the reference of the others."""
+
+    library: str
+    attention: str
+    equal_tokens: int = 0
+    all_tokens: int = 0
+    logit_difference: float = 0.0
+    logit_difference_fp32: float = 0.0
+    largest_logit: float = 0.0
+    tokens_per_s: float = 0.0
+    slowest: float = 0.0
+    fastest: float = 0.0
+    first_token_s: float = 0.0
+    load_s: float = 0.0
+    memory_before: int = 0
+    peak: int = 0
+    peak_gpu: int = 0
+    divergences: list[Divergence] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+
+class ContenderFailed(RuntimeError):
+    """A contender's process ended before it answered; its own message is on stderr."""
+
+
+class Remote:
+    """A contender's process: `remote.ask("load", dtype="bfloat16")`."""
+
+    def __init__(self, library: str, attention: str, directory: Path, device: str) -> None:
+        self.name = f"{library} ({attention})"
+        command = [sys.executable, "-m", "bench.demo.contender", library, attention]
+        # a GPU's kernels are compiled here, whatever the caller's shell says
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self.process = subprocess.Popen(
+            [*command, str(directory), device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+
+    def start(self, do: str, **arguments: Any) -> None:
+        """Send a request without waiting for the answer."""
+        assert self.process.stdin is not None
+        if self.process.poll() is None:
+            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
+
+    def answer(self) -> dict[str, Any]:
+        """The answer to the oldest request. Raises ContenderFailed if there will be none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ContenderFailed(
+                f"{self.name} ended with status {self.process.wait()}; its message is above. "
+                "--no-compare leaves the comparison out"
+            )
+        return json.loads(line)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for its answer."""
+        self.start(do, **arguments)
+        return self.answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+class Comparison:
+    """Contenders started early, so that they import their libraries meanwhile."""
+
+    def __init__(
+        self, contenders: Sequence[tuple[str, str]], directory: Path, device: str, dtype: str
+    ) -> None:
+        self.dtype = dtype
+        self.figures = [Figures(*contender) for contender in contenders]
+        self.remotes = [Remote(*contender, directory, device) for contender in contenders]
+        for remote in self.remotes:
+            remote.start("warm_up")
+
+    def __enter__(self) -> Comparison:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for remote in self.remotes:
+            remote.close()
+
+    def run(self, prompts: Sequence[list[int]], new: int) -> list[Figures]:
+        """Figures of every contender on token ids; `new` tokens are generated after each prompt.
+
+        Loading comes first, one after the other and with the file in the page cache. Then tokens
+        and logits, which also warm up, then ROUNDS interleaved rounds of `new` tokens after the
+        first prompt for the times, then the peak of memory, and last the logits in fp32.
+        """
+        pairs = list(zip(self.remotes, self.figures, strict=True))
+        for remote, figures in pairs:
+            figures.memory_before = remote.answer()["memory_before"]
+        for remote, figures in pairs:
+            figures.load_s = remote.ask("load", dtype=self.dtype)["load_s"]
+        self._tokens(prompts, new)
+        for figures, difference, largest in self._logit_differences(prompts):
+            figures.logit_difference, figures.largest_logit = difference, largest
+        self._times(prompts[0], new)
+        for remote, figures in pairs:
+            figures.__dict__.update(remote.ask("memory"))
+        for remote in self.remotes:
+            remote.ask("load", dtype="float32")
+        for figures, difference, _ in self._logit_differences(prompts):
+            figures.logit_difference_fp32 = difference
+        return self.figures
+
+    def _tokens(self, prompts: Sequence[list[int]], new: int) -> None:
+        for index, prompt in enumerate(prompts):
+            texts = [
+                remote.ask("generate", ids=prompt, new=new, endless=False)["tokens"]
+                for remote in self.remotes
+            ]
+            for figures, text in zip(self.figures, texts, strict=True):
+                same = common_prefix(texts[0], text)
+                figures.all_tokens += max(len(texts[0]), len(text))
+                figures.equal_tokens += same
+                if same < min(len(texts[0]), len(text)):
+                    tokens = (texts[0][same], text[same])
+                    figures.divergences.append(
+                        self._divergence(index, figures, prompt + text[:same], tokens)
+                    )
+
+    def _divergence(
+        self, index: int, figures: Figures, ids: list[int], tokens: tuple[int, int]
+    ) -> Divergence:
+        ours = self.remotes[self.figures.index(figures)]
+        a, b = tokens
+        rows = (logits_of(remote, ids)[-1] for remote in (self.remotes[0], ours))
+        gaps = [float(row[a] - row[b]) for row in rows]
+        return Divergence(index, len(ids), a, b, *gaps)
+
+    def _logit_differences(
+        self, prompts: Sequence[list[int]]
+    ) -> list[tuple[Figures, float, float]]:
+        each = [[logits_of(remote, ids) for ids in prompts] for remote in self.remotes]
+        largest = max(float(logits.abs().max()) for logits in each[0])
+        return [
+            (
+                figures,
+                max(float((a - b).abs().max()) for a, b in zip(each[0], theirs, strict=True)),
+                largest,
+            )
+            for figures, theirs in zip(self.figures, each, strict=True)
+        ]
+
+    def _times(self, prompt: list[int], new: int) -> None:
+        taken: list[list[dict[str, Any]]] = [[] for _ in self.remotes]
+        for round_index in range(ROUNDS):
+            for turn in range(len(self.remotes)):
+                which = (round_index + turn) % len(self.remotes)
+                answer = self.remotes[which].ask("generate", ids=prompt, new=new, endless=True)
+                assert len(answer["tokens"]) == new
+                taken[which].append(answer)
+        for figures, answers in zip(self.figures, taken, strict=True):
+            rates = [answer["tokens_per_s"] for answer in answers]
+            figures.tokens_per_s = statistics.median(rates)
+            figures.slowest, figures.fastest = min(rates), max(rates)
+            figures.first_token_s = statistics.median(a["first_token_s"] for a in answers)
+
+
+def logits_of(remote: Remote, ids: list[int]) -> Tensor:
+    """Logits (T, V) in fp32 from a contender."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "logits.pt"
+        remote.ask("logits", ids=ids, file=str(file))
+        return torch.load(file, weights_only=True)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens agree."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

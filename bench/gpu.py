@@ -1,0 +1,168 @@
+"""One command for a GPU machine: is it right there, and how fast.
+
+    python3 -m bench.gpu --out DIR [--parts parity,bench,host] [--budget 560] [--commit HASH]
+
+from the root of a checkout that need not be installed. It needs torch >= 2.11 and triton >= 3.6,
+downloads nothing, and ends within the budget (seconds): what did not fit is listed as skipped.
+Liger and quack take part where they can be imported; a pure-Python wheel that was unpacked into a
+folder is enough:
+
+    PYTHONPATH=peers python3 -m bench.gpu --out "$OUT"
+
+Parts   parity: every kernel once in a process of its own, then the numerical contract over edge
+        and full-size shapes, every dtype and casting, then reruns, CUDA graphs, streams, layouts,
+        torch.compile, a tensor past 2^31 elements. bench: all contenders side by side, cold L2.
+        host: Python's share of a call.
+Output  DIR/rms_norm.json, written anew after every unit, so that a run that is cut off leaves what
+        it had; DIR/logs; and a summary on stdout, last (`python -m bench.report DIR/rms_norm.json`
+        prints it again).
+Status  0 all well, 1 something failed (the summary says what), 2 nothing could run here.
+
+Without a GPU, `--dry-run` walks the same plan on the CPU with tiny shapes: it tests this code and
+measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import plan
+from bench.contenders import contenders
+from bench.lanes import Lane, Unit, run_lanes
+from bench.record import document, save
+from bench.report import summary
+from swathe.kernels.core.cpp import why_unavailable
+
+Row = dict[str, Any]
+FILE = "rms_norm.json"
+# seconds kept back for writing and printing
+_CLOSING = 8.0
+_TABLES = {
+    "probe": "checks",
+    "check": "checks",
+    "parity": "parity",
+    "bench": "benchmarks",
+    "host": "host",
+}
+
+
+class Run:
+    """The plan being worked off, and the results document that grows with it."""
+
+    def __init__(self, out: Path, device: str, backend: str, dry: bool, budget: float) -> None:
+        self.out, self.device, self.backend, self.dry = out, device, backend, dry
+        self.deadline = time.monotonic() + budget - _CLOSING
+        self.results: dict[str, Any] = {}
+        self._ids = 0
+        self._lock = threading.Lock()
+        self._saved = 0.0
+
+    def start(self, commit: str | None) -> None:
+        """Write down where this is and who takes part."""
+        present = contenders(self.device, compiled=not self.dry)
+        self.results = {
+            **document("rms_norm", self.device, commit),
+            "dry_run": self.dry,
+            "absent": {c.name: c.absent for c in present if c.absent},
+            **{table: [] for table in (*dict.fromkeys(_TABLES.values()), "failed", "skipped")},
+        }
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+
+    def do(self, *lanes: list[Unit]) -> list[Row]:
+        """Run lanes side by side; returns what failed in them."""
+        if self.dry:
+            # one process is enough where nothing can hang
+            lanes = ([unit for units in lanes for unit in units],)
+        runners = []
+        for units in lanes:
+            numbered = [{**unit, "id": self._ids + i} for i, unit in enumerate(units)]
+            self._ids += len(units)
+            runners.append(Lane(self.out / "logs", numbered, self.deadline))
+        run_lanes(runners, self._receive)
+        failed = [failure for lane in runners for failure in lane.failed]
+        self.results["failed"] += failed
+        self.results["skipped"] += [unit for lane in runners for unit in lane.skipped]
+        save(self.results, self.out / FILE)
+        return failed
+
+    def _receive(self, unit: Unit, row: Row) -> None:
+        with self._lock:
+            self.results[_TABLES[unit["kind"]]].append(row)
+            if time.monotonic() - self._saved > 2.0:
+                save(self.results, self.out / FILE)
+                self._saved = time.monotonic()
+
+    def all(self, parts: list[str]) -> None:
+        """Every part asked for, correctness before speed."""
+        where = (self.backend, self.device)
+        broken = self.do(plan.probes(*where))
+        if "parity" in parts:
+            lanes = plan.parity_lanes(*where, self.dry)
+            self.do(*lanes, plan.checks(*where, self.dry))
+        timed: list[Unit] = []
+        if "host" in parts:
+            timed += plan.host_costs(*where, self.dry)
+        if "bench" in parts:
+            # a kernel that hangs would cost every cell its limit; the peers are still measured
+            timed += plan.benchmarks(self.device, self.dry, [self.backend] if broken else [])
+        self.do(timed)
+
+    def wrong(self) -> bool:
+        """Whether anything failed: a unit, a check, a bound, or one of our own contenders."""
+        rows = self.results
+        return bool(
+            rows["failed"]
+            or any(row.get("error") for row in rows["parity"])
+            or any(row.get("error") and row["ours"] for row in rows["benchmarks"])
+            or any(not row["result"].startswith(("ok", "not run")) for row in rows["checks"])
+        )
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--parts", default=",".join(plan.PARTS), help="which parts, by comma")
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything")
+    parser.add_argument("--commit", help="commit to record where the copy has no .git")
+    parser.add_argument("--dry-run", action="store_true", help="walk the plan on the CPU")
+    asked = parser.parse_args(given)
+    asked.parts = asked.parts.split(",")
+    unknown = sorted(set(asked.parts) - set(plan.PARTS))
+    if unknown:
+        parser.error(f"--parts: {unknown} unknown; allowed: {','.join(plan.PARTS)}")
+    if asked.budget <= _CLOSING:
+        parser.error(f"--budget {asked.budget:g}: give more than {_CLOSING:g} seconds")
+    return asked
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run, write, print; returns the exit status."""
+    asked = arguments(given)
+    if not asked.dry_run and not torch.cuda.is_available():
+        print(
+            "bench.gpu: torch sees no GPU here, so there is nothing to measure; "
+            "use --dry-run to walk the plan on the CPU, or python -m bench.cpu to measure it",
+            file=sys.stderr,
+        )
+        return 2
+    device = "cpu" if asked.dry_run else "cuda"
+    backend = "triton" if device == "cuda" else "eager" if why_unavailable() else "cpp"
+    run = Run(asked.out, device, backend, asked.dry_run, asked.budget)
+    run.start(asked.commit)
+    run.all(asked.parts)
+    save(run.results, asked.out / FILE)
+    print(summary(run.results))
+    return int(run.wrong())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Facts about the machine and the code that a results file carries, and how the file is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import swathe
+from swathe.kernels.core.cpp import isa, why_unavailable
+
+SCHEMA = 1
+ROOT = Path(__file__).parents[1]
+_PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "numpy")
+
+
+def document(op: str, device: str, commit: str | None = None) -> dict[str, Any]:
+    """An empty results document: where, with what and of which commit it is."""
+    return {
+        "schema": SCHEMA,
+        "op": op,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit or commit_here() or "unknown",
+        "device": gpu() if device == "cuda" else cpu(),
+        "versions": versions(),
+    }
+
+
+def cpu() -> dict[str, Any]:
+    """The CPU: model, cores in use, instruction set that the C++ backend takes."""
+    return {
+        "kind": "cpu",
+        "name": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": why_unavailable() or isa(),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU: name, architecture, multiprocessors, memory and L2."""
+    facts = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "kind": "cuda",
+        "name": facts.name,
+        "arch": f"{facts.major}.{facts.minor}",
+        "multiprocessors": facts.multi_processor_count,
+        "memory_gib": round(facts.total_memory / 2**30, 1),
+        "l2_mib": round(facts.L2_cache_size / 2**20, 1),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "host_cpu": _cpu_model(),
+        "host_cores": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part; a package that is not installed is left out."""
+    found = {"python": platform.python_version(), "swathe": swathe.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit_here() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None where git cannot tell."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write JSON aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial")
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    aside.replace(path)

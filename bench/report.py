@@ -1,0 +1,250 @@
+"""From results JSON to text: `python -m bench.report FILE` prints it, `markdown` fills README.
+
+    python -m bench.report bench/results/cpu/rms_norm.json [--markdown]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.record import SCHEMA
+
+Row = dict[str, Any]
+Document = dict[str, Any]
+Group = dict[str, dict[str, Row]]  # shape -> backend -> row
+
+
+def read(path: Path) -> Document:
+    """A results document; ValueError if the file is none or of another schema."""
+    try:
+        results = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}; run python -m bench.cpu again") from error
+    found = results.get("schema") if isinstance(results, dict) else None
+    if found != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {found!r}, this report reads {SCHEMA}; "
+            "make the file again with python -m bench.cpu or python -m bench.gpu"
+        )
+    return results
+
+
+def groups(results: Document) -> dict[tuple[str, str], Group]:
+    """Rows by (dtype, variant), then shape, then backend, in the order they were measured."""
+    found: dict[tuple[str, str], Group] = {}
+    for row in results["benchmarks"]:
+        group = found.setdefault((row["dtype"], row["variant"]), {})
+        group.setdefault(row["shape"], {})[row["backend"]] = row
+    return found
+
+
+def backends(results: Document) -> list[str]:
+    """Every backend with a row, ours first."""
+    rows = sorted(results["benchmarks"], key=lambda r: not r["ours"])
+    return list(dict.fromkeys(row["backend"] for row in rows))
+
+
+def against_best(cells: dict[str, Row]) -> tuple[float, str] | None:
+    """Time of ours over the fastest peer's, and that peer; None where one of them is missing."""
+    timed = [r for r in cells.values() if "median_us" in r]
+    ours = [r for r in timed if r["ours"]]
+    peers = [r for r in timed if not r["ours"]]
+    if not ours or not peers:
+        return None
+    best = min(peers, key=lambda r: r["median_us"])
+    return ours[0]["median_us"] / best["median_us"], best["backend"]
+
+
+def worst(results: Document) -> str:
+    """The cell where ours looks worst beside its fastest peer."""
+    ranked = []
+    for (dtype, variant), group in groups(results).items():
+        for shape, cells in group.items():
+            found = against_best(cells)
+            if found:
+                row = next(r for r in cells.values() if r["ours"])
+                name = f"{shape} ({row['M']} x {row['N']}) {dtype} {variant}"
+                ranked.append((found[0], found[1], name))
+    if not ranked:
+        return "worst cell: none (no cell has both ours and a peer)"
+    ratio, peer, name = max(ranked)
+    ahead = sum(r[0] <= 1 for r in ranked)
+    return (
+        f"worst cell: {name}: {ratio:.2f}x the time of {peer}; "
+        f"ours is the fastest in {ahead} of {len(ranked)} cells"
+    )
+
+
+def _us(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['median_us']:.1f}" if "median_us" in row else "failed"
+
+
+def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
+    body = []
+    for shape, cells in group.items():
+        first = next(iter(cells.values()))
+        ours = next((r for r in cells.values() if r["ours"] and "median_us" in r), None)
+        found = against_best(cells)
+        body.append(
+            [
+                shape,
+                f"{first['M']} x {first['N']}",
+                *(_us(cells.get(name)) for name in names),
+                f"{ours['gbps']:.0f}" if ours else "-",
+                f"{ours['of_copy']:.2f}" if ours else "-",
+                f"{found[0]:.2f} {found[1]}" if found else "-",
+            ]
+        )
+    return body
+
+
+def _aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), *map(list, body)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(pairs))
+        for pairs in ([*zip(line, widths, strict=True)] for line in lines)
+    )
+
+
+def where(results: Document) -> str:
+    """One line on the machine and the versions."""
+    device, versions = results["device"], results["versions"]
+    facts = [device["name"]]
+    if device["kind"] == "cpu":
+        facts += [f"{device['threads']} threads of {device['cores']} cores", device["isa"]]
+    else:
+        facts.append(f"compute capability {device['arch']}")
+    facts += [f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions]
+    return f"{', '.join(facts)}; commit {results['commit']}, {results['date'][:10]}"
+
+
+def tables(results: Document) -> str:
+    """Every benchmark table as text."""
+    names = backends(results)
+    head = ["shape", "M x N", *(f"{n} us" for n in names), "GB/s", "of copy", "time / best peer"]
+    parts = [
+        f"{dtype}, {variant}\n{_aligned(head, _body(group, names))}"
+        for (dtype, variant), group in groups(results).items()
+    ]
+    return "\n\n".join([*parts, worst(results)])
+
+
+def _parity(results: Document) -> str:
+    head = ["shapes", "output", "dtype", "casting", "rho_ideal", "rho_eager", "elements"]
+    body = [
+        [str(row[name]) for name in head] for row in results.get("parity", []) if "output" in row
+    ]
+    return f"parity of {results['parity'][0]['backend']}\n{_aligned(head, body)}" if body else ""
+
+
+def _host(results: Document) -> str:
+    body = [
+        [f"{r['way']} ({r['shape']})", *(f"{r[k]:.1f}" for k in ("median_us", "min_us", "max_us"))]
+        for r in results.get("host", [])
+    ]
+    return f"host us a call\n{_aligned(['way', 'median', 'min', 'max'], body)}" if body else ""
+
+
+def _troubles(results: Document) -> list[str]:
+    found = [
+        f"{row['unit'].get('name') or row['unit']['kind']} "
+        f"{row['unit'].get('shape', '')} {row['unit'].get('dtype', '')}: {row['error']}: "
+        f"{row['stderr'][-300:].splitlines()[-1:]}"
+        for row in results.get("failed", [])
+    ]
+    found += [
+        f"contract {r['shapes']} {r['dtype']} {r['casting']}: {r['error'][:600]}"
+        for r in results.get("parity", [])
+        if r.get("error")
+    ]
+    found += [
+        f"{r['backend']} on {r['shape']} {r['dtype']} {r['variant']}: {r['error'].splitlines()[0]}"
+        for r in results["benchmarks"]
+        if r.get("error")
+    ]
+    return found
+
+
+def summary(results: Document) -> str:
+    """Everything a reader of a finished run wants, most important last."""
+    checks = [f"  {r['check']}: {r['result']}" for r in results.get("checks", [])]
+    absent = [f"  {name}: {why}" for name, why in results.get("absent", {}).items()]
+    troubles = [f"  {line}" for line in _troubles(results)]
+    skipped = [
+        f"  {u['kind']} {u.get('name') or u.get('shape', '')} {u.get('dtype', '')}"
+        if not isinstance(u.get("shapes"), list)
+        else f"  parity large {u['dtype']} {u['casting']}"
+        for u in results.get("skipped", [])
+    ]
+    dry = ["DRY RUN: tiny shapes on a CPU, the numbers mean nothing"] * bool(results.get("dry_run"))
+    parts = [
+        "\n".join(dry),
+        _parity(results),
+        _host(results),
+        tables(results) if results["benchmarks"] else "",
+        *(
+            "\n".join([title, *lines]) if lines else ""
+            for title, lines in (
+                ("checks", checks),
+                ("absent", absent),
+                ("skipped, for time", skipped),
+                ("FAILED", troubles),
+            )
+        ),
+        where(results),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
+    """The tables for README: microseconds a call, medians; ours over the fastest peer last."""
+    names = backends(results)
+    head = ["rows x columns", *names, "of copy", "best peer / ours"]
+    parts = []
+    for (dtype, variant), group in groups(results).items():
+        if variants is not None and variant not in variants:
+            continue
+        lines = [f"RMSNorm {variant}, {dtype}, microseconds:", "", _line(head)]
+        lines.append(_line(["---", *["---:"] * (len(head) - 1)]))
+        for cells in group.values():
+            first = next(iter(cells.values()))
+            ours = next((r for r in cells.values() if r["ours"] and "median_us" in r), None)
+            found = against_best(cells)
+            ratio = f"{1 / found[0]:.2f} ({found[1]})" if found else "-"
+            of_copy = f"{ours['of_copy']:.2f}" if ours else "-"
+            times = [_us(cells.get(name)) for name in names]
+            lines.append(_line([f"{first['M']} x {first['N']}", *times, of_copy, ratio]))
+        parts.append("\n".join(lines))
+    machine = where(results)
+    return "\n\n".join([*parts, f"{machine[0].upper()}{machine[1:]}. {worst(results).capitalize()}."])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main(given: list[str] | None = None) -> int:
+    """Print a results file; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--markdown", action="store_true", help="tables as README has them")
+    asked = parser.parse_args(given)
+    try:
+        results = read(asked.file)
+    except (OSError, ValueError) as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 2
+    print(markdown(results) if asked.markdown else summary(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
