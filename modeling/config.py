@@ -116,9 +116,19 @@ class PreTrainedConfig(metaclass=_ConfigType):
         return ()
 
     @classmethod
-    def from_legacy(cls, values: dict[str, Any], legacy: dict[str, Any]) -> dict[str, Any]:
-        """Field values with the legacy keys folded in."""
+    def from_legacy(
+        cls, values: dict[str, Any], legacy: dict[str, Any], *, wins: bool = False
+    ) -> dict[str, Any]:
+        """Field values with the legacy keys folded in; `wins` lets them replace what is there."""
         raise NotImplementedError(f"{cls.__name__} names legacy_keys but folds none in")
+
+    @classmethod
+    def _changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        legacy = {k: changes.pop(k) for k in cls.legacy_keys() if k in changes}
+        if not {"num_labels", "id2label"}.isdisjoint(changes):
+            values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
+        merged = {**values, **cls._prepared(changes)}
+        return cls.from_legacy(merged, legacy, wins=True) if legacy else merged
 
     def __post_init__(self) -> None:
         self.dtype = dtype_named(self.dtype, type(self).__name__)
@@ -193,9 +203,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
         kept = {
             n: copy.deepcopy(self.__dict__[n]) for n in _names(type(self)) if n in self.__dict__
         }
-        if "num_labels" in changes or "id2label" in changes:
-            kept = {k: v for k, v in kept.items() if k not in ("id2label", "label2id")}
-        return type(self)(**{**kept, **changes})
+        return type(self)(**self._changed(kept, changes))
 
     def running(self, attn: str | None, norm: str | None, kernels: Any) -> Self:
         """A copy that runs on the given backends; None keeps a choice, unless `kernels` is new."""
@@ -269,7 +277,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
         if extra:
             logger.info("%s keeps keys it has no field for: %s", cls.__name__, sorted(extra))
         given = cls._prepared(copy.deepcopy(known))
-        return cls(**{**given, **cls._prepared(dict(overrides)), "extra": copy.deepcopy(extra)})
+        return cls(**cls._changed(given, {"extra": copy.deepcopy(extra), **overrides}))
 
     @classmethod
     def from_pretrained(

@@ -59,9 +59,14 @@ class DecoderConfig(PreTrainedConfig):
         return ("rope_theta", "original_max_position_embeddings")
 
     @classmethod
-    def from_legacy(cls, values: dict[str, Any], legacy: dict[str, Any]) -> dict[str, Any]:
+    def from_legacy(
+        cls, values: dict[str, Any], legacy: dict[str, Any], *, wins: bool = False
+    ) -> dict[str, Any]:
         """`rope_parameters` with the top-level rotary keys folded in."""
-        return {**values, "rope_parameters": normalised(values.get("rope_parameters"), legacy)}
+        parameters = values.get("rope_parameters")
+        if wins and isinstance(parameters, dict | None):
+            parameters = {**(parameters or {}), **legacy}
+        return {**values, "rope_parameters": normalised(parameters, legacy)}
 
     def __post_init__(self) -> None:
         self.rope_parameters = normalised(self.rope_parameters, {})

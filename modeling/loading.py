@@ -76,14 +76,11 @@ class LoadingMixin:
         model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
         _refuse_meta_context()
         overrides = _config_overrides(model_class, options)
-        device = _single_device(device_map)
+        device, directory = _single_device(device_map), Path(path) / subfolder
         KernelPolicy.of(kernels, attn_implementation, norm_implementation)
-        if config is None:
-            own = model_class.config_class.from_pretrained(path, subfolder=subfolder, **overrides)
-        else:
-            own = config.replace(**overrides)
-        own = own.running(attn_implementation, norm_implementation, kernels)
-        checkpoint = Checkpoint.open(Path(path) / subfolder)
+        stored = config or model_class.config_class.from_pretrained(directory)
+        own = stored.replace(**overrides).running(attn_implementation, norm_implementation, kernels)
+        checkpoint = Checkpoint.open(directory)
         asked = torch_dtype if torch_dtype is not None and dtype == "auto" else dtype
         chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
         with torch.device("meta"):
@@ -103,7 +100,7 @@ class LoadingMixin:
         )
         _finish(model, chosen, device)
         if model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(Path(path) / subfolder)
+            model.generation_config = GenerationConfig.from_pretrained(directory)
         if report.missing or report.unexpected or report.mismatched:
             logger.warning("%s: %s", path, report)
         model.eval()

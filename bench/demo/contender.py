@@ -103,9 +103,9 @@ class Contender:
 def auto_class(library: str) -> Any:
     """AutoModelForCausalLM of a library."""
     if library == "swathe":
-        import swathe
+        from swathe.modeling import AutoModelForCausalLM
 
-        return swathe.AutoModelForCausalLM
+        return AutoModelForCausalLM
     import transformers
 
     transformers.logging.set_verbosity_error()

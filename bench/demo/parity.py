@@ -127,7 +127,9 @@ def reference(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     return {"h": h.detach(), "y": y.detach(), "dx": dx + dh, "dw": dw}
 
 
-def _row(case: str, backend: str, name: str, ours: Tensor, gold: Tensor, eager: Tensor) -> ParityRow:
+def _row(
+    case: str, backend: str, name: str, ours: Tensor, gold: Tensor, eager: Tensor
+) -> ParityRow:
     from swathe.kernels.core.testing import Pool
 
     pool = Pool(name, ours.dtype)

@@ -29,59 +29,6 @@ def written(directory: Path, **values: Any) -> Path:
     return directory
 
 
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown": ({"num_layer": 4}, r"no field 'num_layer' \(did you mean 'num_hidden_layers'\?\)"),
-    "type": ({"hidden_size": "4096"}, r"LlamaConfig.hidden_size='4096' is a str; it must be int"),
-    "bool for int": ({"hidden_size": True}, "hidden_size=True is a bool; it must be int"),
-    "float for int": ({"vocab_size": 3e4}, "vocab_size=30000.0 is a float; it must be int"),
-    "list": ({"eos_token_id": ["2"]}, "eos_token_id=.* is a list"),
-    "groups": (
-        {"num_attention_heads": 32, "num_key_value_heads": 5},
-        r"num_attention_heads=32 is not a multiple of num_key_value_heads=5; allowed .*\[1, 2, 4",
-    ),
-    "heads": ({"hidden_size": 100, "num_attention_heads": 3}, "or give head_dim"),
-    "odd head": ({"head_dim": 33}, "head_dim=33 must be even"),
-    "activation": ({"hidden_act": "siluu"}, r"hidden_act='siluu' \(did you mean 'silu'\?\)"),
-    "dunder": ({"hidden_act": "__class__"}, "hidden_act='__class__'"),
-    "eps": ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 is out of range"),
-    "nan": ({"rms_norm_eps": math.nan}, "rms_norm_eps=nan is out of range"),
-    "infinite": ({"rms_norm_eps": math.inf}, "rms_norm_eps=inf is out of range"),
-    "std": ({"initializer_range": 2.0}, "allowed: 0 to 1"),
-    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is out of range"),
-    "no layers": ({"num_hidden_layers": -2}, "allowed: 1 to 4096"),
-    "vocabulary": ({"vocab_size": 10**15}, "vocab_size=1000000000000000 is out of range"),
-    "no heads": ({"num_attention_heads": 0}, "num_attention_heads=0 is out of range"),
-    "negative": ({"hidden_size": -64}, "hidden_size=-64 is out of range"),
-    "pad": ({"pad_token_id": 99999}, "pad_token_id=99999 is outside the vocabulary"),
-    "dtype": ({"dtype": "bfloat17"}, r"dtype='bfloat17' \(did you mean 'bfloat16'\?\)"),
-    "module": ({"dtype": "os"}, "dtype='os'; allowed"),
-    "slices": ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported"),
-    "problem": ({"problem_type": "guess"}, "problem_type='guess'"),
-    "one label": (
-        {"problem_type": "single_label_classification", "num_labels": 1},
-        "needs num_labels of at least 2",
-    ),
-    "labels": ({"num_labels": 0}, "num_labels=0 must be a whole number"),
-    "label ids": ({"id2label": {"a": "b"}}, "id2label has the key 'a'"),
-    "label dict": ({"id2label": ["a"]}, "id2label=.*expected a dict"),
-    "rope": (
-        {"rope_scaling": {"rope_type": "llama33", "factor": 2.0}},
-        r"unknown rope_type 'llama33' \(did you mean 'llama3'\?\); known: \['default', 'llama3'\]",
-    ),
-    "rope dict": ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is a list; it must be dict"),
-    "rope keys": ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "missing .*low_freq_factor"),
-    "rope extra": ({"rope_scaling": {"type": "default", "fctor": 2.0}}, r"unknown \['fctor'\]"),
-    "factor": ({"rope_parameters": {**LLAMA3, "factor": 0.5}}, "factor=0.5 must be at least 1"),
-    "negative factor": ({"rope_parameters": {**LLAMA3, "factor": -2.0}}, "factor=-2.0 must be"),
-    "low above high": ({"rope_parameters": {**LLAMA3, "low_freq_factor": 8.0}}, "0 < low < high"),
-    "theta": ({"rope_theta": 0.0}, "rope_theta=0.0 must be a finite number above 0"),
-    "partial": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor=0.5 is not supported",
-    ),
-}
-
-
 def test_missing_files_say_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(

@@ -272,6 +272,10 @@ def test_overrides(tmp_path: Path) -> None:
         tmp_path, return_unused_kwargs=True, vocab_size=50, foo=1
     )
     assert config.vocab_size == 50 and unused == {"foo": 1}
+    llama3 = LlamaConfig.from_pretrained(written(tmp_path, rope_scaling=LLAMA3), rope_theta=7.0)
+    assert llama3.rope_parameters == {**LLAMA3, "rope_theta": 7.0}
+    assert llama3.replace(rope_theta=8.0).rope_parameters == {**LLAMA3, "rope_theta": 8.0}
+    assert llama3.rope_theta == 7.0
     with pytest.raises(ConfigError, match=r"no field 'vocabsize' \(did you mean 'vocab_size'\?\)"):
         LlamaConfig.from_pretrained(tmp_path, vocabsize=7)
 

@@ -363,16 +363,6 @@ def both(pair: tuple[Any, Any], prompt: Tensor, **options: Any) -> tuple[Tensor,
     return ours.generate(prompt, **options), theirs.generate(prompt, do_sample=False, **options)
 
 
-def test_a_resaved_checkpoint_still_ends_in_transformers(
-    pair: tuple[Any, Any], tmp_path: Path
-) -> None:
-    pair[0].save_pretrained(tmp_path / "a")
-    (tmp_path / "a" / "generation_config.json").unlink()
-    type(pair[0]).from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    again = type(pair[1]).from_pretrained(tmp_path / "b")
-    assert again.generation_config.eos_token_id == 2
-
-
 def test_greedy_equals_transformers(pair: tuple[Any, Any]) -> None:
     prompt = torch.randint(3, 64, (4, 9))
     ours, theirs = both(pair, prompt)

@@ -342,6 +342,18 @@ def what_we_load(directory: Path) -> tuple[int, float] | None:
     return config["num_hidden_layers"], values.pop()
 
 
+def test_an_absent_generation_config_stays_absent(tmp_path: Path) -> None:
+    """An empty one would hide config.json's EOS from transformers."""
+    from transformers import LlamaForCausalLM as Theirs
+
+    from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM
+
+    hf_model(tmp_path / "a", 1.0, 1, "50GB")
+    (tmp_path / "a" / "generation_config.json").unlink()
+    LlamaForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert Theirs.from_pretrained(tmp_path / "b").generation_config.eos_token_id == 2
+
+
 @pytest.mark.multi
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::swathe.modeling.checkpoint.errors.CheckpointWarning")

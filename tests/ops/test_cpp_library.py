@@ -1,0 +1,154 @@
+"""The C++ library: loading, versions, every instruction set, threads, and one OpenMP runtime."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from swathe.kernels.core import cpp
+from swathe.kernels.core.errors import BackendUnavailable
+from swathe.kernels.norm import _cpp, eager
+
+pytestmark = pytest.mark.skipif(
+    cpp.library_path() is None, reason="csrc is not compiled (no C++ compiler at install)"
+)
+ISAS = range(cpp.library().swathe_isa() + 1 if cpp.library_path() else 0)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def compile_library(folder: Path, source: str) -> Path:
+    (folder / "other.cpp").write_text(source)
+    out = folder / "other.so"
+    command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-o", str(out), "other.cpp"]
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    return out
+
+
+def test_versions_must_agree(tmp_path: Path) -> None:
+    other = compile_library(tmp_path, 'extern "C" int swathe_abi_version() { return 999; }')
+    with pytest.raises(BackendUnavailable, match=r"ABI version 999, this swathe needs 1"):
+        cpp.load(other)
+
+
+def test_a_foreign_library_is_refused(tmp_path: Path) -> None:
+    other = compile_library(tmp_path, 'extern "C" int something_else() { return 1; }')
+    with pytest.raises(BackendUnavailable, match="no swathe library"):
+        cpp.load(other)
+
+
+def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.so").write_bytes(b"\x7fELF and nothing else")
+    with pytest.raises(BackendUnavailable, match=r"other\.so cannot be loaded"):
+        cpp.load(tmp_path / "other.so")
+
+
+def test_header_and_binding_name_one_version() -> None:
+    header = Path(__file__).parents[2] / "csrc" / "abi.h"
+    assert f"#define SWATHE_ABI_VERSION {cpp.ABI_VERSION}\n" in header.read_text()
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda i: cpp.ISAS[i])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [1, 3, 15, 16, 17, 64, 1000, 4097])
+def test_every_instruction_set_rounds_like_eager(isa: int, dtype: torch.dtype, N: int) -> None:
+    # small integers: sums are exact in any order, so all instruction sets must agree to the bit
+    x = torch.randint(-6, 7, (5, N)).to(dtype)
+    x[:, 0] = 1
+    r, weight = torch.randint(-6, 7, (5, N)).to(dtype), torch.randn(N).to(dtype)
+    for casting in ("llama", "fp32"):
+        y, _ = _cpp.forward(x, weight, 1e-6, 0.0, casting, isa)
+        assert torch.equal(y, eager.rms_norm(x, weight, 1e-6, 0.0, casting, None))
+        y, h, rstd = _cpp.forward_add(x, r, weight, 1e-6, 0.5, casting, isa)
+        expected_y, expected_h = eager.rms_norm(x, weight, 1e-6, 0.5, casting, r)
+        assert torch.equal(h, expected_h) and torch.equal(y, expected_y)
+    gradients = [_cpp.backward(y, h, weight, rstd, x, 0.5, i) for i in (isa, 0)]
+    for ours, portable in zip(*gradients, strict=True):
+        torch.testing.assert_close(
+            ours, portable, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda i: cpp.ISAS[i])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_number_survives(isa: int, dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).view(-1, 1)
+    zero = torch.zeros_like(x)
+    # h = x + 0 is a load, a widening, a rounding and a store of every bit pattern
+    _, h, _ = _cpp.forward_add(x, zero, torch.ones(1).to(dtype), 1e-6, 0.0, "fp32", isa)
+    torch.testing.assert_close(h, x + zero, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda i: cpp.ISAS[i])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_from_fp32_is_torchs(isa: int, dtype: torch.dtype) -> None:
+    scale = torch.exp2(torch.arange(-150, 129, dtype=torch.float64)).float()
+    weight = torch.cat([scale * (1 + torch.rand(279)), scale * 1.001953125, scale * 1.00390625])
+    weight = torch.cat([weight, -weight])
+    ones = torch.ones(1, weight.numel(), dtype=dtype)
+    y, rstd = _cpp.forward(ones, weight, 0.0, 0.0, "fp32", isa)
+    assert rstd.item() == 1.0
+    torch.testing.assert_close(y[0], weight.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("M", [1, 7, 64, 333])
+def test_threads_change_no_bit(M: int) -> None:
+    x, weight, dy = torch.randn(M, 2049), torch.randn(2049), torch.randn(M, 2049)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            y, rstd = _cpp.forward(x, weight, 1e-6, 0.0, "llama")
+            results.append((y, rstd, *_cpp.backward(dy, x, weight, rstd, None, 0.0)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_one_openmp_runtime_and_no_more_threads_than_torch_says() -> None:
+    code = (
+        "import os, torch, swathe\n"
+        "torch.set_num_threads(1)\n"
+        "x, w = torch.randn(512, 4096), torch.ones(4096)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "swathe.rms_norm(x, w, implementation='cpp')\n"
+        "assert len(os.listdir('/proc/self/task')) == before, 'a thread was started'\n"
+        "torch.set_num_threads(2)\n"
+        "swathe.rms_norm(x, w, implementation='cpp')\n"
+        "maps = {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.split()[-1]}\n"
+        "print(len(maps))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_works_on_one_thread() -> None:
+    # like torch itself, a child forked after threads were used must not use them again
+    code = (
+        "import os, torch, swathe\n"
+        "x, w = torch.randn(64, 64), torch.ones(64)\n"
+        "swathe.rms_norm(x, w, implementation='cpp')\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    torch.set_num_threads(1)\n"
+        "    ok = torch.equal(swathe.rms_norm(x, w, implementation='cpp'), swathe.rms_norm(x, w))\n"
+        "    os._exit(0 if ok else 1)\n"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_facts_about_the_library() -> None:
+    assert cpp.isa() in cpp.ISAS
+    assert cpp.why_unavailable() is None
+    assert cpp.library().swathe_threaded() in (0, 1)
