@@ -90,7 +90,9 @@ def draw(cell: Cell, device: str, seed: int, casting: Any = "llama") -> Problem:
 
     def rows() -> Tensor:
         spread = torch.randn(cell.M, 1, generator=generator, device=device).exp_()
-        return torch.randn(cell.M, cell.N, generator=generator, device=device).mul_(spread).to(dtype)
+        return (
+            torch.randn(cell.M, cell.N, generator=generator, device=device).mul_(spread).to(dtype)
+        )
 
     offset = 1.0 if casting == "gemma" else 0.0
     weight = 1.0 - offset + 0.2 * torch.randn(cell.N, generator=generator, device=device)

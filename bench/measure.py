@@ -136,9 +136,7 @@ def _timed(
     return time_on_gpu(replays, rounds)
 
 
-def _host(
-    name: str, call: Call, cell: Cell, device: str, present: list[Contender]
-) -> float | None:
+def _host(name: str, call: Call, cell: Cell, device: str, present: list[Contender]) -> float | None:
     """Microseconds of Python a call; on a CPU those of a call on no rows.
 
     None for torch.compile on a CPU, which would compile once more for no rows.

@@ -28,7 +28,7 @@ from torch.autograd.profiler import profile
 Call = Callable[[], object]
 
 SAMPLE = 200e-6  # seconds: a hundred times what reading the clock costs
-FLUSH_BYTES = 512 << 20
+FLUSH_BYTES = 1 << 30
 GRAPH_BYTES = 400e6  # traffic of one replay: about 100 us on the fastest card there is
 MOST_SETS = 32
 FEWEST = 5
@@ -165,7 +165,7 @@ def time_on_gpu(replays: dict[str, Replay], rounds: int) -> dict[str, Timing]:
     }
 
 
-def host_time(call: Call, *, calls: int = 30, batches: int = 9) -> Timing:
+def host_time(call: Call, *, calls: int = 30, batches: int = 5) -> Timing:
     """Microseconds until a call returns to Python; on a GPU its kernels are only enqueued then."""
     gpu = torch.cuda.is_available()
     samples = []

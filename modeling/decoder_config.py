@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import logging
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config import PreTrainedConfig, derived
 from swathe.modeling.config_fields import ACTIVATIONS, Range, positive
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.rope import normalised
+
+logger = logging.getLogger(__name__)
 
 
 class DecoderConfig(PreTrainedConfig):
@@ -67,6 +71,15 @@ class DecoderConfig(PreTrainedConfig):
         if wins and isinstance(parameters, dict | None):
             parameters = {**(parameters or {}), **legacy}
         return {**values, "rope_parameters": normalised(parameters, legacy)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Self:
+        """As every configuration; a negative pad_token_id, as some files have, means none."""
+        pad = values.get("pad_token_id")
+        if type(pad) is int and pad < 0:
+            logger.warning("pad_token_id=%d in a file is read as None", pad)
+            values = {**values, "pad_token_id": None}
+        return super().from_dict(values, **options)
 
     def __post_init__(self) -> None:
         self.rope_parameters = normalised(self.rope_parameters, {})

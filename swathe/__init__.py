@@ -17,31 +17,90 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
+    from swathe.kernels.attention.api import attention, register_attention
+    from swathe.kernels.attention.mask import Mask
     from swathe.kernels.catalog import backends, explain
     from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
-    from swathe.kernels.core.registry import Backend, Capabilities, register_backend
+    from swathe.kernels.core.registry import Backend, register_backend
+    from swathe.kernels.core.spec import Capabilities
     from swathe.kernels.norm.api import rms_norm
+    from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, register_model
+    from swathe.modeling.cache import DynamicCache
+    from swathe.modeling.checkpoint.errors import CheckpointError
+    from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
+    from swathe.modeling.errors import ConfigError, UninitializedParameter
+    from swathe.modeling.families.llama.configuration_llama import LlamaConfig
+    from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+    from swathe.modeling.generation.config import GenerationConfig
+    from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.model import PreTrainedModel
+    from swathe.modeling.policy import KernelPolicy, KernelReport
+    from swathe.modeling.rope import register_rope
 
 _HOME = {
+    "AutoConfig": "swathe.modeling.auto",
+    "AutoModel": "swathe.modeling.auto",
+    "AutoModelForCausalLM": "swathe.modeling.auto",
     "Backend": "swathe.kernels.core.registry",
     "BackendUnavailable": "swathe.kernels.core.errors",
-    "Capabilities": "swathe.kernels.core.registry",
+    "Capabilities": "swathe.kernels.core.spec",
+    "CheckpointError": "swathe.modeling.checkpoint.errors",
+    "ConfigError": "swathe.modeling.errors",
+    "DynamicCache": "swathe.modeling.cache",
+    "GenerationConfig": "swathe.modeling.generation.config",
+    "KernelPolicy": "swathe.modeling.policy",
+    "KernelReport": "swathe.modeling.policy",
+    "LlamaConfig": "swathe.modeling.families.llama.configuration_llama",
+    "LlamaForCausalLM": "swathe.modeling.families.llama.modeling_llama",
+    "LlamaModel": "swathe.modeling.families.llama.modeling_llama",
+    "Mask": "swathe.kernels.attention.mask",
+    "PreTrainedConfig": "swathe.modeling.config",
+    "PreTrainedModel": "swathe.modeling.model",
+    "PretrainedConfig": "swathe.modeling.config",
+    "TextStreamer": "swathe.modeling.generation.streamer",
+    "UninitializedParameter": "swathe.modeling.errors",
     "UnsupportedFeature": "swathe.kernels.core.errors",
+    "attention": "swathe.kernels.attention.api",
     "backends": "swathe.kernels.catalog",
     "explain": "swathe.kernels.catalog",
+    "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
+    "register_model": "swathe.modeling.auto",
+    "register_rope": "swathe.modeling.rope",
     "rms_norm": "swathe.kernels.norm.api",
 }
 
 __all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
     "Backend",
     "BackendUnavailable",
     "Capabilities",
+    "CheckpointError",
+    "ConfigError",
+    "DynamicCache",
+    "GenerationConfig",
+    "KernelPolicy",
+    "KernelReport",
+    "LlamaConfig",
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "Mask",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "PretrainedConfig",
+    "TextStreamer",
+    "UninitializedParameter",
     "UnsupportedFeature",
     "__version__",
+    "attention",
     "backends",
     "explain",
+    "register_attention",
     "register_backend",
+    "register_model",
+    "register_rope",
     "rms_norm",
 ]
 

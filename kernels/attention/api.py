@@ -55,11 +55,14 @@ def attention(
     `mask` is a Mask, a boolean tensor (True: visible) or a floating-point one (added to the
     scores), broadcastable to (B, H, T, S); `causal` hides later keys on top of it, the last query
     aligned with the last key. `scale` defaults to 1/sqrt(D). `dropout` applies whenever it is > 0.
-    Rounding: "eager" as HF's Llama; "sdpa" as torch's kernels. Rows that see no key give 0.
+    Rounding: "eager" as HF's Llama; "sdpa" as torch's kernels. Rows that see no key give 0. Under
+    autocast q, k and v are first rounded to its dtype, as torch's own attention does.
 
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, before anything
     is launched; UnsupportedFeature or BackendUnavailable for a named backend that cannot serve.
     """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _validate(q, k, v, dropout)
     described = _describe(mask, causal, q, k)
     if isinstance(implementation, Choice):

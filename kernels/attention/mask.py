@@ -21,6 +21,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+Formed = tuple[Tensor, Tensor, Tensor | None]  # visible, dense, empty rows
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -38,7 +40,7 @@ class Mask:
     allowed: Tensor | None = None
     bias: Tensor | None = None
     rows_may_be_empty: bool = True
-    _formed: dict[tuple[int, int, torch.device], tuple[Tensor, ...]] = field(
+    _formed: dict[tuple[int, int, torch.device], Formed] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -78,16 +80,19 @@ class Mask:
 
     def empty_rows(self, T: int, S: int, device: torch.device) -> Tensor | None:
         """Boolean (1 or B, 1 or H, T, 1): True where a row sees no key; None where none can be."""
-        return self._form(T, S, device)[2] if self.rows_may_be_empty else None
+        return self._form(T, S, device)[2]
 
-    def _form(self, T: int, S: int, device: torch.device) -> tuple[Tensor, ...]:
+    def _form(self, T: int, S: int, device: torch.device) -> Formed:
         key = T, S, device
         if key not in self._formed:
-            visible = self._visible(T, S, device)
-            empty = ~visible.any(-1, keepdim=True)
-            opened = visible | empty if self.rows_may_be_empty else visible
+            visible = opened = self._visible(T, S, device)
+            empty = None
+            if self.rows_may_be_empty:
+                empty = ~visible.any(-1, keepdim=True)
+                opened = visible | empty
             if self.bias is not None:
-                opened = self.bias.masked_fill(~opened, float("-inf")).masked_fill(empty, 0.0)
+                opened = self.bias.masked_fill(~opened, float("-inf"))
+                opened = opened if empty is None else opened.masked_fill(empty, 0.0)
             self._formed[key] = visible, opened, empty
         return self._formed[key]
 

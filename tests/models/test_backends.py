@@ -213,7 +213,6 @@ def test_options_of_from_pretrained(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 == model.config.dtype and not model.training
     assert set(used(model).values()) == {"eager"} and model.config.hidden_act == "gelu"
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.generation_config is not None
     for dtype, expected in (("auto", torch.float32), (None, torch.float32), ("half", None)):
         if expected is None:
             with pytest.raises(ValueError, match=r"dtype='half'.*allowed"):

@@ -248,6 +248,13 @@ def test_unknown_keys_of_a_file_are_kept(tmp_path: Path) -> None:
     assert config.replace(vocab_size=7).extra == extra
 
 
+def test_padding_ids_below_zero_in_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert LlamaConfig.from_pretrained(written(tmp_path, pad_token_id=-1)).pad_token_id is None
+    assert "pad_token_id=-1 in a file is read as None" in caplog.text
+    with pytest.raises(ConfigError, match="pad_token_id=-1 is outside the vocabulary"):
+        LlamaConfig(pad_token_id=-1)
+
+
 def test_how_a_model_runs_is_neither_read_nor_written(tmp_path: Path) -> None:
     keys = {
         "attn_implementation": "evil/repo",

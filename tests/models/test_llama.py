@@ -184,6 +184,17 @@ def test_bf16_states_and_tokens(norm: str) -> None:
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_autocast(attn: str) -> None:
+    theirs, model = pair(attn)
+    ids = tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, logits = theirs(ids).logits, model(ids).logits
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    exact = theirs(ids).logits
+    assert (logits - exact).norm() <= 1.5 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", ["grouped", "tied", "biases"])
 def test_loss_and_gradients(variant: str, attn: str) -> None:
     theirs, model = pair(attn, **VARIANTS[variant])
@@ -242,7 +253,7 @@ def test_gradient_checkpointing_is_bitwise_equal(attn: str, every: int) -> None:
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 def test_compiles_in_one_graph(attn: str) -> None:
-    _, model = pair(attn)
+    _, model = pair(attn, num_hidden_layers=1)
     ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0

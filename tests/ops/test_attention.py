@@ -215,6 +215,15 @@ def test_mask_is_formed_once_for_all_layers() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_the_inputs(backend: str) -> None:
+    q, k, v = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = attention(q, k.bfloat16(), v, causal=True, implementation=backend)
+    low = (t.bfloat16() for t in (q, k, v))
+    assert torch.equal(o, attention(*low, causal=True, implementation=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_in_one_graph(backend: str) -> None:
     q, k, v = inputs()
     start = torch.tensor([0, 1, 2])
