@@ -131,4 +131,5 @@ def peer(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return import_module(name), None
     except PEER_ERRORS as error:
-        return None, f"import {name} raised {type(error).__name__}: {str(error).splitlines()[:1]}"
+        first_line = str(error).partition("\n")[0]
+        return None, f"import {name} raised {type(error).__name__}: {first_line}"

@@ -199,20 +199,28 @@ SWATHE_TARGET static void scale_of(const void* weight, float offset, float* scal
   if (n < N) store_part(scale + n, load_part(w + n, N - n) + offset, N - n);
 }
 
+// total += value, with what rounding lost kept in `lost` (Kahan): the sum of many blocks stays as
+// exact as that of one.
+SWATHE_INLINE void add(vf& total, vf& lost, vf value) {
+  const vf wanted = value - lost, reached = total + wanted;
+  lost = (reached - total) - wanted;
+  total = reached;
+}
+
 // dw[n] = sum over the blocks of rows, in their order.
 template <class W>
 SWATHE_TARGET static void sum_blocks(const float* partial, int64_t blocks, void* dw, int64_t N) {
   W* out = static_cast<W*>(dw);
   int64_t n = 0;
   for (; n + lanes <= N; n += lanes) {
-    vf total = {};
-    for (int64_t block = 0; block < blocks; ++block) total += load(partial + block * N + n);
+    vf total = {}, lost = {};
+    for (int64_t block = 0; block < blocks; ++block) add(total, lost, load(partial + block * N + n));
     store(out + n, total);
   }
   if (n < N) {
-    vf total = {};
+    vf total = {}, lost = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      total += load_part(partial + block * N + n, N - n);
+      add(total, lost, load_part(partial + block * N + n, N - n));
     }
     store_part(out + n, total, N - n);
   }

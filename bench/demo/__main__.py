@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "dtype": options.dtype,
         "max_new_tokens": options.max_new_tokens,
         "prompts": {"text": options.prompt, "chat": options.chat},
-        "versions": {"swathe": swathe.__version__, "torch": torch.__version__},
+        "versions": {name: version(name) for name in ("swathe", "torch", "transformers")},
         "kernels": json.loads(demo.model.kernel_report().to_json()),
         "comparison": [f.to_json() for f in figures],
         "parity": [row.to_json() for row in rows],
@@ -180,7 +181,7 @@ def _parity(demo: Demo, ids: list[int]) -> list[ParityRow]:
 def _compare(demo: Demo, comparison: Comparison, prompts: list[list[int]]) -> list[Figures]:
     figures = comparison.run(prompts, demo.options.max_new_tokens)
     notes = comparison_notes(figures, demo.options.max_new_tokens, torch.get_num_threads())
-    print(f"\n{comparison_table(figures)}\n{notes}")
+    print(f"\n{comparison_table(figures, demo.options.dtype)}\n{notes}")
     for line in divergence_lines(figures, lambda token: demo.tokenizer.decode([token])):
         print(line)
     return figures

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,46 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
+EXACT = "float32"
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first position where two greedy texts differ, and how the reference rated both tokens."""
+    """Where a greedy text leaves the reference's, and how far apart each model put both tokens.
 
+    A gap is the logit of the reference's token less that of the other.
+    """
+
+    dtype: str
     prompt: int
-    position: int
-    theirs: int
-    ours: int
-    gap_theirs: float
-    gap_ours: float
+    equal_before: int
+    reference_token: int
+    other_token: int
+    gap_in_reference: float
+    gap_in_other: float
+
+
+@dataclass
+class Agreement:
+    """Tokens and logits of one contender in one dtype beside the reference's."""
+
+    equal_tokens: int = 0
+    all_tokens: int = 0
+    logit_difference: float = 0.0
+    divergences: list[Divergence] = field(default_factory=list)
 
 
 @dataclass
 class Figures:
-    """What was measured of one contender; the first contender is the reference of the others."""
+    """What was measured of one contender; the first contender is the others' reference.
+
+    Bytes, seconds, and the root mean square distance of the logits from the reference's in fp32.
+    """
 
     library: str
     attention: str
-    equal_tokens: int = 0
-    all_tokens: int = 0
-    logit_difference: float = 0.0
-    logit_difference_fp32: float = 0.0
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    logit_error: float = 0.0
     largest_logit: float = 0.0
     tokens_per_s: float = 0.0
     slowest: float = 0.0
@@ -51,7 +68,6 @@ class Figures:
     memory_before: int = 0
     peak: int = 0
     peak_gpu: int = 0
-    divergences: list[Divergence] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file."""
@@ -82,7 +98,8 @@ class Remote:
     def start(self, do: str, **arguments: Any) -> None:
         """Send a request without waiting for the answer."""
         assert self.process.stdin is not None
-        if self.process.poll() is None:
+        # a process that has ended is reported by `answer`
+        with suppress(BrokenPipeError):
             print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
@@ -104,7 +121,8 @@ class Remote:
     def close(self) -> None:
         """End the process."""
         self.process.kill()
-        self.process.communicate()
+        with suppress(BrokenPipeError):
+            self.process.communicate()
 
 
 class Comparison:
@@ -131,63 +149,60 @@ class Comparison:
 
         Loading comes first, one after the other and with the file in the page cache. Then tokens
         and logits, which also warm up, then ROUNDS interleaved rounds of `new` tokens after the
-        first prompt for the times, then the peak of memory, and last the logits in fp32.
+        first prompt for the times, then the peak of memory, and last the same in fp32 (tokens of
+        the reference and of the last contender only).
         """
         pairs = list(zip(self.remotes, self.figures, strict=True))
         for remote, figures in pairs:
             figures.memory_before = remote.answer()["memory_before"]
         for remote, figures in pairs:
             figures.load_s = remote.ask("load", dtype=self.dtype)["load_s"]
-        self._tokens(prompts, new)
-        for figures, difference, largest in self._logit_differences(prompts):
-            figures.logit_difference, figures.largest_logit = difference, largest
+        everyone = range(len(pairs))
+        self._tokens(prompts, new, self.dtype, everyone)
+        logits = self._logits(prompts, self.dtype)
         self._times(prompts[0], new)
         for remote, figures in pairs:
             figures.__dict__.update(remote.ask("memory"))
-        for remote in self.remotes:
-            remote.ask("load", dtype="float32")
-        for figures, difference, _ in self._logit_differences(prompts):
-            figures.logit_difference_fp32 = difference
+        exact = logits[0]
+        if self.dtype != EXACT:
+            for remote in self.remotes:
+                remote.ask("load", dtype=EXACT)
+            self._tokens(prompts, new, EXACT, (0, everyone[-1]))
+            exact = self._logits(prompts, EXACT)[0]
+        for figures, theirs in zip(self.figures, logits, strict=True):
+            figures.logit_error = float((theirs - exact).double().square().mean().sqrt())
+            figures.largest_logit = float(theirs.abs().max())
         return self.figures
 
-    def _tokens(self, prompts: Sequence[list[int]], new: int) -> None:
+    def _tokens(
+        self, prompts: Sequence[list[int]], new: int, dtype: str, which: Sequence[int]
+    ) -> None:
         for index, prompt in enumerate(prompts):
-            texts = [
-                remote.ask("generate", ids=prompt, new=new, endless=False)["tokens"]
-                for remote in self.remotes
-            ]
-            for figures, text in zip(self.figures, texts, strict=True):
+            texts = {
+                i: self.remotes[i].ask("generate", ids=prompt, new=new, endless=False)["tokens"]
+                for i in which
+            }
+            for i, text in texts.items():
+                agreement = self.figures[i].agreement.setdefault(dtype, Agreement())
                 same = common_prefix(texts[0], text)
-                figures.all_tokens += max(len(texts[0]), len(text))
-                figures.equal_tokens += same
+                agreement.equal_tokens += same
+                agreement.all_tokens += max(len(texts[0]), len(text))
                 if same < min(len(texts[0]), len(text)):
-                    tokens = (texts[0][same], text[same])
-                    figures.divergences.append(
-                        self._divergence(index, figures, prompt + text[:same], tokens)
-                    )
+                    pair = (texts[0][same], text[same])
+                    gaps = self._gaps(i, prompt + text[:same], *pair)
+                    agreement.divergences.append(Divergence(dtype, index, same, *pair, *gaps))
 
-    def _divergence(
-        self, index: int, figures: Figures, ids: list[int], tokens: tuple[int, int]
-    ) -> Divergence:
-        ours = self.remotes[self.figures.index(figures)]
-        a, b = tokens
-        rows = (logits_of(remote, ids)[-1] for remote in (self.remotes[0], ours))
-        gaps = [float(row[a] - row[b]) for row in rows]
-        return Divergence(index, len(ids), a, b, *gaps)
+    def _gaps(self, which: int, ids: list[int], a: int, b: int) -> tuple[float, float]:
+        both = (self.remotes[0], self.remotes[which])
+        first, other = (logits_of(remote, ids)[-1] for remote in both)
+        return float(first[a] - first[b]), float(other[a] - other[b])
 
-    def _logit_differences(
-        self, prompts: Sequence[list[int]]
-    ) -> list[tuple[Figures, float, float]]:
-        each = [[logits_of(remote, ids) for ids in prompts] for remote in self.remotes]
-        largest = max(float(logits.abs().max()) for logits in each[0])
-        return [
-            (
-                figures,
-                max(float((a - b).abs().max()) for a, b in zip(each[0], theirs, strict=True)),
-                largest,
-            )
-            for figures, theirs in zip(self.figures, each, strict=True)
-        ]
+    def _logits(self, prompts: Sequence[list[int]], dtype: str) -> list[Tensor]:
+        each = [torch.cat([logits_of(r, ids) for ids in prompts]) for r in self.remotes]
+        for figures, theirs in zip(self.figures, each, strict=True):
+            agreement = figures.agreement.setdefault(dtype, Agreement())
+            agreement.logit_difference = float((theirs - each[0]).abs().max())
+        return each
 
     def _times(self, prompt: list[int], new: int) -> None:
         taken: list[list[dict[str, Any]]] = [[] for _ in self.remotes]
@@ -214,6 +229,5 @@ def logits_of(remote: Remote, ids: list[int]) -> Tensor:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading tokens agree."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))

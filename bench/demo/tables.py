@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench.demo.compare import ROUNDS, Divergence, Figures
+from bench.demo.compare import EXACT, ROUNDS, Agreement, Divergence, Figures
 from bench.demo.parity import ParityRow
 
 MB = 1e6
@@ -25,72 +25,81 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([draw(header), "  ".join("-" * width for width in widths), *map(draw, rows)])
 
 
-def comparison_table(figures: Sequence[Figures]) -> str:
-    """One row a contender; the first is what the others are compared with."""
-    on_gpu = any(f.peak_gpu for f in figures)
-    header = [
-        "same weights, same prompts",
-        "equal tokens",
-        "logits differ by",
-        "in fp32 by",
-        "tokens/s (range)",
-        "first token",
-        "load",
-        "peak memory (grown)",
-        *(["GPU memory"] if on_gpu else []),
-    ]
-    rows = []
-    for index, f in enumerate(figures):
-        grown = f"{(f.peak - f.memory_before) / MB:.0f}"
-        rows.append(
-            [
-                f"{f.library} {f.attention}",
-                f"{f.equal_tokens} of {f.all_tokens}" if index else "reference",
-                f"{f.logit_difference:.3g}" if index else "-",
-                f"{f.logit_difference_fp32:.2g}" if index else "-",
-                f"{f.tokens_per_s:.1f} ({f.slowest:.1f}-{f.fastest:.1f})",
-                f"{f.first_token_s * 1e3:.0f} ms",
-                f"{f.load_s:.2f} s",
-                f"{f.peak / MB:.0f} MB ({grown})",
-                *([f"{f.peak_gpu / MB:.0f} MB"] if on_gpu else []),
-            ]
+def comparison_table(figures: Sequence[Figures], dtype: str) -> str:
+    """A column for each contender; the first is what the others are compared with."""
+    header = ["same weights, same prompts", *(f"{f.library} {f.attention}" for f in figures)]
+    rows = [
+        row
+        for kind in dict.fromkeys((dtype, EXACT))
+        for row in (
+            [f"equal tokens, {kind}", *_against_first(figures, kind, _tokens)],
+            [f"largest logit difference, {kind}", *_against_first(figures, kind, _difference)],
         )
+    ]
+    columns: list[tuple[str, Callable[[Figures], str]]] = [
+        ("rms distance of logits from fp32's", lambda f: f"{f.logit_error:.3g}"),
+        ("tokens/s, median", lambda f: f"{f.tokens_per_s:.1f}"),
+        ("tokens/s, range", lambda f: f"{f.slowest:.1f} to {f.fastest:.1f}"),
+        ("prompt to first token", lambda f: f"{f.first_token_s * 1e3:.0f} ms"),
+        ("load", lambda f: f"{f.load_s:.2f} s"),
+        ("peak memory of the process", lambda f: f"{f.peak / MB:.0f} MB"),
+        ("  beyond its imports", lambda f: f"{(f.peak - f.memory_before) / MB:.0f} MB"),
+    ]
+    if any(f.peak_gpu for f in figures):
+        columns.append(("peak memory on the GPU", lambda f: f"{f.peak_gpu / MB:.0f} MB"))
+    rows += [[name, *map(value, figures)] for name, value in columns]
     return table(header, rows)
 
 
+def _against_first(
+    figures: Sequence[Figures], kind: str, value: Callable[[Agreement], str]
+) -> list[str]:
+    return ["reference", *(value(f.agreement[kind]) for f in figures[1:])]
+
+
+def _tokens(agreement: Agreement) -> str:
+    if not agreement.all_tokens:
+        return "-"
+    return f"{agreement.equal_tokens} of {agreement.all_tokens}"
+
+
+def _difference(agreement: Agreement) -> str:
+    return f"{agreement.logit_difference:.3g}"
+
+
 def comparison_notes(figures: Sequence[Figures], new: int, threads: int) -> str:
-    """What the comparison's columns mean."""
-    return (
-        f"Greedy, up to {new} tokens after each prompt, compared up to the first that differs. "
-        "Logits: the largest\n"
-        "absolute difference over all positions of the prompts; the largest logit is "
-        f"{figures[0].largest_logit:.3g}. tokens/s: median of\n"
-        f"{ROUNDS} interleaved rounds of {new} tokens after the first prompt, without the first "
-        f"token; {threads} CPU threads.\n"
-        "load: once, the file already in memory. Peak memory: resident, mapped files included, "
-        "each in its own process;\n"
-        "in brackets what it grew by after its imports. Everything but the fp32 column in the "
-        "chosen dtype."
-    )
+    """What the comparison's rows mean."""
+    largest = figures[0].largest_logit
+    return f"""\
+Greedy, up to {new} tokens after each prompt, equal up to the first that differs. Logits at every
+position of the prompts; the largest is {largest:.3g}. Distance from fp32's: from transformers' own
+in fp32. tokens/s: {ROUNDS} interleaved rounds of {new} tokens after the first prompt, first token
+not counted; {threads} CPU threads. load: once, the file in the page cache. Memory: resident, mapped
+files included, each contender in a process of its own, before its fp32 run."""
 
 
 def divergence_lines(figures: Sequence[Figures], decode: Callable[[int], str]) -> list[str]:
     """Every place where a contender's text leaves the reference's, and how close a call it was."""
-    return [_divergence(f, d, decode) for f in figures for d in f.divergences]
+    return [
+        _divergence(f, agreement.logit_difference, d, decode)
+        for f in figures
+        for agreement in f.agreement.values()
+        for d in agreement.divergences
+    ]
 
 
-def _divergence(f: Figures, d: Divergence, decode: Callable[[int], str]) -> str:
-    theirs, ours = decode(d.theirs), decode(d.ours)
+def _divergence(f: Figures, difference: float, d: Divergence, decode: Callable[[int], str]) -> str:
+    one, other = decode(d.reference_token), decode(d.other_token)
     tie = (
-        "a near tie: the gap is no larger than the logits differ on the prompts"
-        if abs(d.gap_theirs) <= f.logit_difference
+        "a near tie (logits differ by more on the prompts)"
+        if abs(d.gap_in_reference) <= difference
         else "NOT a near tie"
     )
     return (
-        f"{f.library} {f.attention} leaves the reference on prompt {d.prompt + 1} at position "
-        f"{d.position}: {ours!r} for {theirs!r}.\n"
-        f"  There the reference puts {theirs!r} {d.gap_theirs:+.4g} above {ours!r}, this one "
-        f"{d.gap_ours:+.4g}; {tie}."
+        f"{f.library} {f.attention}, {d.dtype}, prompt {d.prompt + 1}: "
+        f"after {d.equal_before} equal tokens {other!r} where the reference has {one!r}.\n"
+        f"  The reference puts {one!r} {d.gap_in_reference:.4g} above {other!r}, "
+        f"this one {d.gap_in_other:.4g}: {tie}."
     )
 
 

@@ -61,7 +61,7 @@ def attention(
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, before anything
     is launched; UnsupportedFeature or BackendUnavailable for a named backend that cannot serve.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _validate(q, k, v, dropout)
     described = _describe(mask, causal, q, k)

@@ -19,6 +19,8 @@ from torch import Tensor
 from swathe.kernels.core.device import interpreting
 
 _LONG = 2**31
+# a * b + c in one rounding: said aloud, because Triton's default for it is about to change
+_OPTIONS = {"enable_fp_fusion": True}
 _AMD = torch.version.hip is not None
 
 
@@ -54,11 +56,11 @@ class Launcher:
         arguments = (*tensors, *specialised, *plain, *constants)
         key = None if interpreting() else _key(tensors, specialised, plain, constants, num_warps)
         if key is None:
-            self.kernel[grid](*arguments, num_warps=num_warps)
+            self.kernel[grid](*arguments, num_warps=num_warps, **_OPTIONS)
             return
         compiled = self._compiled.get(key)
         if compiled is None:
-            self._compiled[key] = self.kernel[grid](*arguments, num_warps=num_warps)
+            self._compiled[key] = self.kernel[grid](*arguments, num_warps=num_warps, **_OPTIONS)
         else:
             compiled[grid](*arguments)
 

@@ -37,7 +37,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin in `dtype`."""
-        with torch.no_grad(), torch.autocast(positions.device.type, enabled=False):
+        with torch.no_grad():
             angles = positions[..., None].float() * self.inv_freq
             angles = torch.cat((angles, angles), dim=-1)
             return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)

@@ -124,6 +124,13 @@ def test_dtypes_of_a_new_model() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_shapes_are_inferred_on_meta() -> None:
+    with torch.device("meta"):
+        model = build()
+        out = model(torch.zeros(2, 5, dtype=torch.long), attention_mask=torch.ones(2, 5))
+    assert out.logits.is_meta and out.logits.shape == (2, 5, 99)
+
+
 def test_embeddings_and_ties() -> None:
     model = build(tie_word_embeddings=True)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight

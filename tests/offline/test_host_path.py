@@ -99,7 +99,7 @@ def test_cached_launch_equals_tritons_own(gpu: FakeGpu) -> None:
         w = torch.ones(x.shape[-1], dtype=x.dtype)
         norm.forward(x, w, 1e-6, 0.0, "llama")
         ours = gpu.launches[-1]
-        norm._forward_rows[ours.grid](*ours.arguments, num_warps=ours.warps)
+        norm._forward_rows[ours.grid](*ours.arguments, num_warps=ours.warps, enable_fp_fusion=True)
         theirs = gpu.launches[-1]
         assert ours.hash == theirs.hash and ours.signature == theirs.signature
     # the wide stride needs no code of its own, the unaligned pointer is not remembered
@@ -133,6 +133,9 @@ def test_faults_reach_the_caller(gpu: FakeGpu) -> None:
         norm.forward(x, w, 1e-6, 0.0, "fp32")
 
 
+FUSION = {"enable_fp_fusion": True}  # said aloud: triton 3.9 warns where it is not
+
+
 @triton.jit
 def _nothing(x_ptr, n):
     tl.store(x_ptr, n)
@@ -140,16 +143,16 @@ def _nothing(x_ptr, n):
 
 def test_the_fake_device_has_limits(gpu: FakeGpu) -> None:
     x = torch.zeros(1, dtype=torch.int32)
-    _nothing[(3, 2, 1)](x, 5)
+    _nothing[(3, 2, 1)](x, 5, **FUSION)
     assert gpu.launches[-1].grid == (3, 2, 1) and gpu.launches[-1].stream == gpu.stream
     with pytest.raises(LaunchError, match="70000"):
-        _nothing[(1, 70_000, 1)](x, 5)
+        _nothing[(1, 70_000, 1)](x, 5, **FUSION)
 
 
 def test_the_fake_device_specialises(gpu: FakeGpu) -> None:
     x = torch.zeros(16, dtype=torch.int32)
     for n in (1, 16, 5, 6):
-        _nothing[(1, 1, 1)](x, n)
+        _nothing[(1, 1, 1)](x, n, **FUSION)
     assert gpu.compilations == 3, "1, multiples of 16 and the rest"
-    _nothing[(1, 1, 1)](x[1:], 5)
+    _nothing[(1, 1, 1)](x[1:], 5, **FUSION)
     assert gpu.compilations == 4, "an unaligned pointer"

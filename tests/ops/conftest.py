@@ -10,9 +10,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations() -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory, "torch's own default"
     # warn_only: the point is the filling of torch.empty, not to forbid torch's own kernels
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.use_deterministic_algorithms(False)

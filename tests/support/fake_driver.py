@@ -21,7 +21,7 @@ from triton.runtime import driver
 from support.machine_code import TARGETS
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)  # of CUDA and HIP alike
 
 
 class LaunchError(RuntimeError):

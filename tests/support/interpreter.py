@@ -23,7 +23,7 @@ from triton.runtime import interpreter as stock
 
 from support import numerics, sanitizer
 from support.numerics import SanitizerError
-from support.sanitizer import GRID_LIMIT, Watch, watch
+from support.sanitizer import GRID_LIMITS, Watch, watch
 
 __all__ = ["SanitizerError", "Watch", "install", "sanitized", "virtual_tensor"]
 
@@ -109,8 +109,8 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
 def _grid(grid: Any, arguments: dict[str, Any]) -> tuple[int, int, int]:
     sizes = tuple(int(n) for n in (grid(arguments) if callable(grid) else grid))
     sizes = (*sizes, 1, 1)[:3]
-    if max(sizes[1:]) > GRID_LIMIT:
-        raise SanitizerError(f"grid {sizes}: axes 1 and 2 hold at most {GRID_LIMIT} programs")
+    if any(size > limit for size, limit in zip(sizes, GRID_LIMITS, strict=True)):
+        raise SanitizerError(f"grid {sizes}: the axes hold at most {GRID_LIMITS} programs")
     return sizes
 
 
@@ -164,5 +164,6 @@ def _patched_core(original: Any) -> Any:
     def patch(language: Any, scope: Any) -> None:
         original(language, scope)
         scope.set_attr(language, "multiple_of", sanitizer.multiple_of)
+        scope.set_attr(language, "max_contiguous", sanitizer.max_contiguous)
 
     return patch

@@ -24,6 +24,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_DOUBLE_SASS = r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.R\w+64H|[FI]2F\.[\w.]*F64)\b"
+_DOUBLE_AMDGCN = r"\bv_\w*f64\w*\b"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -60,7 +62,9 @@ def compile_for(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     gpu = TARGETS[target]
-    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps})
+    compiled = triton.compile(
+        source, target=gpu, options={"num_warps": num_warps, "enable_fp_fusion": True}
+    )
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
         return _read_amd(compiled.asm["amdgcn"], shared)
@@ -81,7 +85,9 @@ def _read_nvidia(cubin: bytes, shared: int) -> MachineCode:
         shared,
         _widths(r"\bLDG\.E((?:\.\w+)*)", code),
         _widths(r"\bSTG\.E((?:\.\w+)*)", code),
-        bool(re.search(r"\b(?:DADD|DMUL|DFMA|MUFU\.RSQ64H)\b", code)),
+        bool(
+            re.search(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.R\w+64H|[FI]2F\.[\w.]*F64)\b", code)
+        ),
     )
 
 
@@ -111,7 +117,7 @@ def _read_amd(assembly: str, shared: int) -> MachineCode:
         shared,
         widths("load"),
         widths("store"),
-        bool(re.search(r"\bv_(?:add|mul|fma)_f64\b", assembly)),
+        bool(re.search(_DOUBLE_AMDGCN, assembly)),
     )
 
 

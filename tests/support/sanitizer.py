@@ -5,11 +5,12 @@
     races             two programs store to one address, or one loads what another stores
     duplicate stores  one store instruction that writes an address twice
     overflow          int32 arithmetic that wraps, when asked for
-    false hints       tl.multiple_of that does not hold
-    grid limits       more than 65535 programs on axis 1 or 2
+    false hints       tl.multiple_of (of a scalar or a block's first element) and tl.max_contiguous
+                      (of a 1-D block) that do not hold
+    grid limits       more programs on an axis than hardware takes
 
-Not seen: a wrong address inside a live tensor, reads in the gaps of a strided view, races between
-the threads of one program.
+Not seen: a wrong address inside another live tensor, reads in the gaps of a strided view, races
+between the threads of one program.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from triton.runtime import interpreter as stock
 
 from support.numerics import Builder, Handle, SanitizerError
 
-GRID_LIMIT = 65535
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 
 
 @dataclass
@@ -39,14 +40,13 @@ class Watch:
     atomics: int = 0
     _low: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     _high: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-    _loads: list[tuple[np.ndarray, int]] = field(default_factory=list)
-    _stores: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    _touched: list[tuple[str, np.ndarray, int, int]] = field(default_factory=list)
     _program: int = 0
 
     def begin(self, arguments: list[Any]) -> None:
         """Start a launch: note where its tensor arguments lie."""
         self.launches += 1
-        self._loads, self._stores = [], []
+        self._touched = []
         spans = sorted(_span(t) for t in arguments if isinstance(t, torch.Tensor) and t.numel())
         merged: list[list[int]] = []
         for low, high in spans:
@@ -72,8 +72,8 @@ class Watch:
             self._check_bounds(kind, live, size)
         if kind == "store" and np.unique(live).size != live.size:
             raise SanitizerError(f"program {self._program} writes an address twice in one store")
-        if self.races and kind != "atomic":
-            (self._stores if kind == "store" else self._loads).append((live, self._program))
+        if self.races:
+            self._touched.append((kind, live, size, self._program))
 
     def _check_bounds(self, kind: str, live: np.ndarray, size: int) -> None:
         if not self._low.size:
@@ -89,23 +89,36 @@ class Watch:
             )
 
     def end(self) -> None:
-        """Finish a launch: look for addresses that two programs touched."""
-        if not (self.races and self._stores):
+        """Finish a launch: look for addresses that two programs touched, one of them writing."""
+        if not self.races or all(kind == "load" for kind, *_ in self._touched):
             return
-        address = np.concatenate([a for a, _ in self._stores])
-        owner = np.concatenate([np.full(a.size, p) for a, p in self._stores])
-        order = np.lexsort((owner, address))
-        address, owner = address[order], owner[order]
-        clash = (address[1:] == address[:-1]) & (owner[1:] != owner[:-1])
+        written, owner, plain = self._gather(("store", "atomic"))
+        order = np.lexsort((owner, written))
+        written, owner, plain = written[order], owner[order], plain[order]
+        # two atomics on one address are no race
+        clash = (written[1:] == written[:-1]) & (owner[1:] != owner[:-1])
+        clash &= plain[1:] | plain[:-1]
         if clash.any():
             pair = owner[:-1][clash][0], owner[1:][clash][0]
             raise SanitizerError(f"race: programs {pair[0]} and {pair[1]} store to one address")
-        for live, program in self._loads:
-            at = np.minimum(np.searchsorted(address, live), address.size - 1)
-            hit = (address[at] == live) & (owner[at] != program)
-            if hit.any():
-                other = owner[at][hit][0]
-                raise SanitizerError(f"race: program {program} loads what program {other} stores")
+        loaded, reader, _ = self._gather(("load",))
+        at = np.minimum(np.searchsorted(written, loaded), written.size - 1)
+        hit = (written[at] == loaded) & (owner[at] != reader)
+        if hit.any():
+            pair = reader[hit][0], owner[at][hit][0]
+            raise SanitizerError(f"race: program {pair[0]} loads what program {pair[1]} stores")
+
+    def _gather(self, kinds: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # in units of the launch's smallest element, so that accesses of other widths meet
+        unit = min(size for _, _, size, _ in self._touched)
+        addresses, owners, plain = [np.empty(0, np.uint64)], [np.empty(0, int)], [np.empty(0, bool)]
+        for kind, live, size, program in self._touched:
+            if kind in kinds:
+                steps = np.arange(0, size, unit, dtype=np.uint64)
+                addresses.append((live[:, None] + steps).reshape(-1))
+                owners.append(np.full(addresses[-1].size, program))
+                plain.append(np.full(addresses[-1].size, kind != "atomic"))
+        return np.concatenate(addresses), np.concatenate(owners), np.concatenate(plain)
 
 
 watch = Watch()
@@ -143,6 +156,27 @@ def create_atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, 
     return _atomic_rmw(self, op, pointers, value, mask, *rest)
 
 
+_atomic_cas = Builder.create_atomic_cas
+
+
+def create_atomic_cas(self: Any, pointers: Any, expected: Any, value: Any, *rest: Any) -> Any:
+    everywhere = np.ones(pointers.data.shape, bool)
+    watch.access("atomic", pointers.data, everywhere, value.data.itemsize)
+    watch.atomics += 1
+    return _atomic_cas(self, pointers, expected, value, *rest)
+
+
+def max_contiguous(x: Any, values: Any) -> Any:
+    """tl.max_contiguous, checked for blocks of one dimension."""
+    first = values[0] if isinstance(values, (list, tuple)) else values
+    run = int(getattr(first, "value", first))
+    if hasattr(x, "handle") and x.handle.data.ndim == 1 and x.handle.data.size % run == 0:
+        groups = x.handle.data.reshape(-1, run).astype(np.int64)
+        if (np.diff(groups, axis=1) != 1).any():
+            raise SanitizerError(f"tl.max_contiguous({run}) is false")
+    return x
+
+
 def multiple_of(x: Any, values: Any) -> Any:
     """tl.multiple_of, checked instead of believed."""
     first = values[0] if isinstance(values, (list, tuple)) else values
@@ -159,3 +193,4 @@ def install() -> None:
     Builder.create_masked_load = create_masked_load
     Builder.create_masked_store = create_masked_store
     Builder.create_atomic_rmw = create_atomic_rmw
+    Builder.create_atomic_cas = create_atomic_cas

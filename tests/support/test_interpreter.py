@@ -193,6 +193,38 @@ def _hint(x_ptr, out_ptr, start, N: tl.constexpr):
 
 
 @triton.jit
+def _runs(x_ptr, out_ptr, N: tl.constexpr):
+    n = tl.max_contiguous(tl.arange(0, N) * 2, 4)
+    tl.store(out_ptr + n, tl.load(x_ptr + n))
+
+
+@triton.jit
+def _atomic_beside_store(out_ptr):
+    if tl.program_id(0) == 0:
+        tl.atomic_add(out_ptr, 1.0)
+    else:
+        tl.store(out_ptr, 2.0)
+
+
+@triton.jit
+def _widths(wide_ptr, narrow_ptr):
+    if tl.program_id(0) == 0:
+        tl.store(wide_ptr, 1)
+    else:
+        tl.store(narrow_ptr + 1, tl.cast(1, tl.int16))
+
+
+@triton.jit
+def _swap(x_ptr, at):
+    tl.atomic_cas(x_ptr + at, 0, 1)
+
+
+def _overlapping_widths() -> None:
+    wide = torch.zeros(1, dtype=torch.int32)
+    _widths[(2,)](wide, wide.view(torch.int16))
+
+
+@triton.jit
 def _block_truth(x_ptr, N: tl.constexpr):
     if tl.load(x_ptr + tl.arange(0, N)) > 0:
         tl.store(x_ptr, 1.0)
@@ -228,9 +260,16 @@ FAULTS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: _hint[(1,)](torch.ones(64), torch.ones(16), 3, 16),
         r"multiple_of\(16\) is false",
     ),
+    "false run": (lambda: _runs[(1,)](torch.ones(64), torch.ones(64), 16), "max_contiguous"),
+    "atomic beside a store": (lambda: _atomic_beside_store[(2,)](torch.zeros(1)), "race"),
+    "stores of two widths": (_overlapping_widths, "race"),
+    "compare and swap out of bounds": (
+        lambda: _swap[(1,)](torch.zeros(1, dtype=torch.int32), 1),
+        "out of bounds atomic",
+    ),
     "truth of a block": (lambda: _block_truth[(1,)](torch.ones(16), 16), "truth value"),
     "device assertion": (lambda: _assertion[(1,)](torch.zeros(1)), "x must be positive"),
-    "grid": (lambda: _lost_update[(1, 70_000)](torch.zeros(1)), "at most 65535"),
+    "grid": (lambda: _lost_update[(1, 70_000)](torch.zeros(1)), "the axes hold at most"),
     "short dot": (
         lambda: _dot[(1,)](torch.ones(16, 8), torch.ones(8, 16), torch.ones(16, 16), "ieee", 8),
         "tl.dot over 8",
