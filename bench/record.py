@@ -34,12 +34,17 @@ def document(op: str, device: str, commit: str | None = None) -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """The CPU: model, cores in use, instruction set that the C++ backend takes."""
+    """The CPU: model, cores in use, instruction set that the C++ backend takes.
+
+    `load` is how many processes wanted a core in the minute before: a busy machine's numbers are
+    worthless, since two threads that meet at a barrier wait for the scheduler.
+    """
     return {
         "kind": "cpu",
         "name": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2),
         "isa": why_unavailable() or isa(),
     }
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from bench.record import SCHEMA
 
+BUSY = 0.7  # load average beyond which a CPU's times are not to be trusted
+
 Row = dict[str, Any]
 Document = dict[str, Any]
 Group = dict[str, dict[str, Row]]  # shape -> backend -> row
@@ -97,7 +99,7 @@ def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
                 shape,
                 f"{first['M']} x {first['N']}",
                 *(_us(cells.get(name)) for name in names),
-                f"{ours['gbps']:.0f}" if ours else "-",
+                f"{ours['gbps']:.{1 if ours['gbps'] < 100 else 0}f}" if ours else "-",
                 f"{ours['of_copy']:.2f}" if ours else "-",
                 f"{found[0]:.2f} {found[1]}" if found else "-",
             ]
@@ -129,10 +131,12 @@ def where(results: Document) -> str:
 def tables(results: Document) -> str:
     """Every benchmark table as text."""
     names = backends(results)
-    head = ["shape", "M x N", *(f"{n} us" for n in names), "GB/s", "of copy", "time / best peer"]
+    head = ["shape", "M x N", *names, "GB/s", "of copy", "time / best peer"]
+    # the longest tables last: the end of a log is what is read
+    ordered = sorted(groups(results).items(), key=lambda item: len(item[1]))
     parts = [
-        f"{dtype}, {variant}\n{_aligned(head, _body(group, names))}"
-        for (dtype, variant), group in groups(results).items()
+        f"{dtype}, {variant}, us\n{_aligned(head, _body(group, names))}"
+        for (dtype, variant), group in ordered
     ]
     fastest = max((r.get("copy_gbps", 0.0) for r in results["benchmarks"]), default=0.0)
     ceiling = f"copy: up to {fastest:.0f} GB/s; each cell is held to a copy of its own traffic"
@@ -186,9 +190,11 @@ def summary(results: Document) -> str:
         else f"  parity large {u['dtype']} {u['casting']}"
         for u in results.get("skipped", [])
     ]
-    dry = ["DRY RUN: tiny shapes on a CPU, the numbers mean nothing"] * bool(results.get("dry_run"))
+    load = results["device"].get("load", 0.0)
+    busy = f"BUSY MACHINE: load {load} before the run; do not publish these times"
+    dry = "DRY RUN: tiny shapes on a CPU, the numbers mean nothing"
     parts = [
-        "\n".join(dry),
+        dry if results.get("dry_run") else busy if load > BUSY else "",
         _parity(results),
         _host(results),
         tables(results) if results["benchmarks"] else "",

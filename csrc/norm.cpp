@@ -72,8 +72,11 @@ const NormIsa& norm_for(int isa) {
 }
 
 // Rows are summed into dw by blocks whose number depends on M alone: with any number of threads
-// the additions are the same ones in the same order.
-int64_t blocks_of(int64_t M) { return std::min<int64_t>(64, (M + 7) / 8); }
+// the additions are the same ones in the same order. Past 2048 rows a block has 32: longer chains
+// of fp32 additions lose accuracy.
+int64_t blocks_of(int64_t M) {
+  return std::max<int64_t>(std::min<int64_t>(64, (M + 7) / 8), (M + 31) / 32);
+}
 
 }  // namespace
 }  // namespace swathe

@@ -10,8 +10,6 @@ typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
 
 constexpr int lanes = SWATHE_LANES;
 
-SWATHE_INLINE vf splat(float value) { return value - vf{}; }
-
 SWATHE_INLINE vf floats_of(vu bits) {
   vf out;
   std::memcpy(&out, &bits, sizeof out);

@@ -236,7 +236,7 @@ def _initialise_missing(
         setattr(module, name, nn.Parameter(filler, requires_grad=own[name].requires_grad))
     model._init_weights(module)
     for name, value in loaded.items():
-        pass
+        getattr(module, name).copy_(value)
     for name in missing:
         if bool(getattr(module, name).isnan().any()):
             raise UninitializedParameter(

@@ -87,10 +87,9 @@ def test_gate_refuses_wrong_ones(norm: Any, variant: Any, reason: str) -> None:
     cell = Cell.of(TINY_SHAPES[0], "bfloat16", variant)
     rows = measure(cell, "cpu", [contender("wrong", norm), contender("right", right)], rounds=1)
     wrong, fine = rows
-    assert wrong["error"].startswith("gate: ")
     assert "median_us" not in wrong and "median_us" in fine
 
-    assert re.search(reason, wrong["error"])
+    assert re.match(f"gate: {reason}", wrong["error"])
 
 
 def test_contender_that_raises_is_a_row_with_the_error() -> None:
@@ -329,8 +328,7 @@ def test_gpu_plan_covers_every_dtype_casting_and_shape() -> None:
     timed = plan.benchmarks("cuda", dry=False, without=["triton"])
     assert {"llama_8b_train", "llama_8b_decode", "widest"} <= {u["shape"] for u in timed}
     assert all(u["without"] == ["triton"] for u in timed)
-    names = [u["name"] for u in plan.checks("triton", "cuda", dry=False)]
-    assert len(set(names)) == len(names) == 10
+    assert len({u["name"] for u in plan.checks("triton", "cuda", dry=False)}) == 10
 
 
 def results_of(ours: float, peer_us: float) -> dict[str, Any]:
@@ -348,6 +346,8 @@ def test_markdown_and_worst_cell() -> None:
     assert "| rows x columns | cpp | torch | liger | of copy | best peer / ours |" in text
     assert "| 3 x 64 | 2.0 | 5.0 | failed | 0.50 | 2.50 (torch) |" in text
     assert "commit c0ffee" in text
+    (busy := results_of(1.0, 1.0))["device"]["load"] = 3.5
+    assert report.summary(busy).startswith("BUSY MACHINE: load 3.5")
     assert "1.25x the time of torch; ours is the fastest in 0 of 1" in report.worst(
         results_of(2.5, 2.0)
     )
@@ -388,8 +388,6 @@ def test_cpu_run_writes_what_report_reads(
     with pytest.raises(SystemExit):
         cpu.main([*given[:2], "--shapes", "nothing"])
     assert "['nothing'] unknown" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cpu.main([*given[:2], "--rounds", "0"])
 
 
 def test_results_name_no_host_and_no_path(tmp_path: Path) -> None:
@@ -397,4 +395,4 @@ def test_results_name_no_host_and_no_path(tmp_path: Path) -> None:
     save(document("rms_norm", "cpu"), tmp_path / "a.json")
     text = (tmp_path / "a.json").read_text()
     assert json.loads(text)["op"] == "rms_norm"
-    assert platform.node() not in text and str(Path.home()) not in text and "/work" not in text
+    assert platform.node() not in text and str(Path.cwd()) not in text

@@ -60,7 +60,9 @@ def load(path: Path) -> ctypes.CDLL:
             f"it was built from another version; {_REBUILD}"
         )
     for name, types in _SIGNATURES.items():
-        function = getattr(loaded, name)
+        function = getattr(loaded, name, None)
+        if function is None:
+            raise BackendUnavailable(f"{path.name} lacks {name}; {_REBUILD}")
         function.argtypes, function.restype = types, c_int32
     return loaded
 

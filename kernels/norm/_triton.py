@@ -227,7 +227,7 @@ def forward_blocks(N: int) -> Blocks:
 def whole_rows_backward(N: int) -> bool:
     """Whether the backward holds a whole row of N features in one tile."""
     limit = ROW_LIMIT_BACKWARD if N % 16 == 0 else ROW_LIMIT_BACKWARD_ODD
-    return N <= limit
+    return limit >= N
 
 
 def backward_blocks(N: int) -> Blocks:

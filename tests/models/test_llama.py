@@ -225,6 +225,9 @@ def test_loss_of_accumulated_batches_and_of_nothing() -> None:
     torch.testing.assert_close(
         model(ids, shift_labels=shifted).loss, model(ids, labels=ids).loss, **CLOSE
     )
+    one = torch.full_like(ids, -100)
+    one[0, 3] = 5
+    torch.testing.assert_close(model(ids, labels=one).loss, theirs(ids, labels=one).loss, **CLOSE)
     nothing = causal_lm_loss(model(ids).logits, torch.full_like(ids, -100))
     assert nothing.item() == 0.0
     with pytest.raises(ValueError, match=r"labels are \(2, 10\) and logits \(2, 11, 99\)"):

@@ -138,6 +138,10 @@ def test_what_each_form_becomes() -> None:
     # one new token after five cached ones: no row can be empty, whatever was padded
     step = causal_mask(PADDING[[0, 1, 1]], new(1), 5)
     assert step.interval and not step.rows_may_be_empty
+    # two new tokens at 4 and 5: padding up to 4 leaves each row a key, up to 5 does not
+    for padded, may_be_empty in ((4, False), (5, True)):
+        mask = (torch.arange(6) >= padded).expand(B, 6)
+        assert causal_mask(mask, new(2), 4).rows_may_be_empty is may_be_empty
     # a mask of the new tokens only: the cached ones are real
     short = causal_mask(torch.tensor([[0, 1]] * B), new(2), 4)
     assert short.keys is not None and short.keys.tolist()[0] == [True] * 4 + [False, True]

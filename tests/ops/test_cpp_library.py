@@ -12,12 +12,13 @@ import torch
 
 from swathe.kernels.core import cpp
 from swathe.kernels.core.errors import BackendUnavailable
+from swathe.kernels.core.testing import FP32_EAGER
 from swathe.kernels.norm import _cpp, eager
 
 pytestmark = pytest.mark.skipif(
-    cpp.library_path() is None, reason="csrc is not compiled (no C++ compiler at install)"
+    cpp.why_unavailable() is not None, reason=f"backend cpp: {cpp.why_unavailable()}"
 )
-ISAS = range(cpp.library().swathe_isa() + 1 if cpp.library_path() else 0)
+ISAS = range(0 if cpp.why_unavailable() else cpp.library().swathe_isa() + 1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -135,7 +136,8 @@ def test_a_forked_child_works_on_one_thread() -> None:
     # like torch itself, a child forked after threads were used must not use them again
     code = (
         "import os, torch, swathe\n"
-        "x, w = torch.randn(64, 64), torch.ones(64)\n"
+        "x, w = torch.randn(512, 4096), torch.ones(4096)\n"
+        "torch.set_num_threads(2)\n"
         "swathe.rms_norm(x, w, implementation='cpp')\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
@@ -146,6 +148,19 @@ def test_a_forked_child_works_on_one_thread() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_many_rows_keep_the_weights_gradient_accurate() -> None:
+    x, weight, dy = torch.randn(20_000, 24), torch.randn(24), torch.randn(20_000, 24)
+    _, rstd = _cpp.forward(x, weight, 1e-6, 0.0, "fp32")
+    _, dw = _cpp.backward(dy, x, weight, rstd, None, 0.0)
+    gradients = []
+    for wide in (torch.float64, torch.float32):
+        w = weight.to(wide).requires_grad_()
+        y = eager.rms_norm(x.to(wide), w, 1e-6, 0.0, "fp32", None)
+        gradients.append(torch.autograd.grad(y, w, dy.to(wide))[0].double())
+    gold, theirs = gradients
+    assert (dw - gold).norm() <= FP32_EAGER * (theirs - gold).norm()
 
 
 def test_facts_about_the_library() -> None:

@@ -85,9 +85,7 @@ def _read_nvidia(cubin: bytes, shared: int) -> MachineCode:
         shared,
         _widths(r"\bLDG\.E((?:\.\w+)*)", code),
         _widths(r"\bSTG\.E((?:\.\w+)*)", code),
-        bool(
-            re.search(r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.R\w+64H|[FI]2F\.[\w.]*F64)\b", code)
-        ),
+        bool(re.search(_DOUBLE_SASS, code)),
     )
 
 
