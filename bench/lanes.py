@@ -75,11 +75,14 @@ class Lane:
 
     def _watch(self, process: Any, lines: Any, receive: Receive) -> str | None:
         """Read the log until the worker ends; the reason if its present unit failed."""
-        began, limit = time.monotonic(), _START
+        began, limit, partial = time.monotonic(), _START, ""
         while True:
             ended = process.poll() is not None
             for line in lines:
-                entry = json.loads(line)
+                partial += line
+                if not partial.endswith("\n"):
+                    break  # a long line, half written
+                entry, partial = json.loads(partial), ""
                 unit = self.left[0]
                 assert entry["id"] == unit["id"], "the log follows the list"
                 if entry["state"] == "row":

@@ -78,11 +78,9 @@ def distributions(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     # the backend is called as a build frontend calls it, with this environment's setuptools:
     # isolation would only fetch the same setuptools again
     out = tmp_path_factory.mktemp("dist")
-    code = (
-        "from setuptools import build_meta as b; import sys;"
-        "b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
-    )
-    run(sys.executable, "-c", code, str(out), cwd=clone)
+    for hook in ("build_sdist", "build_wheel"):
+        code = f"from setuptools import build_meta; import sys; build_meta.{hook}(sys.argv[1])"
+        run(sys.executable, "-c", code, str(out), cwd=clone)
     return out
 
 
