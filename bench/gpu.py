@@ -102,7 +102,7 @@ class Run:
     def all(self, parts: list[str]) -> None:
         """Every part asked for, correctness before speed."""
         where = (self.backend, self.device)
-        broken = self.do(plan.probes(*where))
+        broken = [failure["unit"]["probe"] for failure in self.do(plan.probes(*where))]
         if "parity" in parts:
             lanes = plan.parity_lanes(*where, self.dry)
             self.do(*lanes, plan.checks(*where, self.dry))
@@ -110,8 +110,7 @@ class Run:
         if "host" in parts:
             timed += plan.host_costs(*where, self.dry)
         if "bench" in parts:
-            # a kernel that hangs would cost every cell its limit; the peers are still measured
-            timed += plan.benchmarks(self.device, self.dry, [self.backend] if broken else [])
+            timed += plan.benchmarks(*where, self.dry, broken)
         self.do(timed)
 
     def wrong(self) -> bool:

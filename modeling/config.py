@@ -269,7 +269,8 @@ class PreTrainedConfig(metaclass=_ConfigType):
                 "choose the class, or pass allow_model_type_mismatch=True"
             )
         accepted = cls.accepted_keys() - {"extra", *RUNTIME}
-        known, extra = {}, {}
+        known: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
         for key, value in values.items():
             if key == "model_type" or key.endswith("_implementation") or key == "kernels":
                 continue

@@ -210,7 +210,8 @@ class KernelReport:
             passed = "; ".join(f"{k}: {', '.join(v)}" for k, v in row.skipped.items())
             key = (re.sub("[0-9]+", "*", row.module), row.op, row.backend, row.why, passed)
             counted[key] = counted.get(key, 0) + 1
-        table = [("module", "count", "op", "backend", "why", "skipped")]
+        header = ("module", "count", "op", "backend", "why", "skipped")
+        table: list[tuple[str, ...]] = [header]
         table += [(key[0], str(n), *key[1:]) for key, n in counted.items()]
         widths = [max(len(row[i]) for row in table) for i in range(6)]
         lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in table)

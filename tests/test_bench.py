@@ -268,7 +268,7 @@ def test_dry_run_walks_the_whole_plan(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(row.keys() == ROW_KEYS for row in results["benchmarks"])
     assert {"with a Choice", "F.rms_norm"} <= {r["way"] for r in results["host"]}
     assert results["absent"]["compile"] == "left out of this run"
-    assert printed.startswith("DRY RUN") and "worst cell: tiny" in printed
+    assert printed.startswith("DRY RUN") and "worst cell: " in printed
     assert report.main([str(tmp_path / gpu.FILE)]) == 0
     assert capsys.readouterr().out == printed
 
@@ -325,9 +325,9 @@ def test_gpu_plan_covers_every_dtype_casting_and_shape() -> None:
     lanes = plan.parity_lanes("triton", "cuda", dry=False)
     seen = {(u["dtype"], u["casting"], u["shapes"] == "edges") for lane in lanes for u in lane}
     assert len(seen) == 3 * 3 * 2
-    timed = plan.benchmarks("cuda", dry=False, without=["triton"])
+    timed = plan.benchmarks("triton", "cuda", dry=False, broken=["wide"])
     assert {"llama_8b_train", "llama_8b_decode", "widest"} <= {u["shape"] for u in timed}
-    assert all(u["without"] == ["triton"] for u in timed)
+    assert [u["shape"] for u in timed if u["without"] == ["triton"]] == ["widest"]
     assert len({u["name"] for u in plan.checks("triton", "cuda", dry=False)}) == 10
 
 

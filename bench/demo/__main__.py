@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default=PROMPT, help="text to continue (default: %(default)r)")
     parser.add_argument("--chat", default=CHAT, help="a user's message (default: %(default)r)")
     parser.add_argument(
-        "--max-new-tokens", type=_count, default=32, metavar="N", help="default: %(default)s"
+        "--max-new-tokens", type=_count, default=24, metavar="N", help="default: %(default)s"
     )
     parser.add_argument(
         "--dtype",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from importlib import import_module
 from typing import Any, Literal, overload
 
@@ -27,8 +27,8 @@ from swathe.kernels.core.spec import ANY, FLOATS, FLOATS_AND_DOUBLE, Capabilitie
 from swathe.kernels.norm.op import fused
 
 OP = "rms_norm"
-CASTINGS = ("llama", "gemma", "fp32")
 Casting = Literal["llama", "gemma", "fp32"]
+CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "fp32")
 
 _choices: dict[tuple[Any, ...], Choice] = {}
 _traceable: dict[str, Callable[..., Any]] = {}
@@ -194,11 +194,11 @@ def _mixed_with_double(spec: Spec) -> list[str]:
     return [] if weight_dtype == spec.dtype else [f"needs a weight of {spec.dtype}, like x"]
 
 
-_FUSED = {
+_FUSED: dict[str, frozenset[Hashable] | str] = {
     "casting": frozenset(CASTINGS),
     "offset": ANY,
     "residual": ANY,
-    "weight_dtype": frozenset(FLOATS),
+    "weight_dtype": frozenset[Hashable](FLOATS),
 }
 
 register_backend(

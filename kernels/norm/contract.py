@@ -65,13 +65,28 @@ class Problem:
     def run(self, implementation: str) -> Outputs:
         """y, dx, dw (and h, which a residual adds) of a registered backend."""
         x, weight = self.x.detach().requires_grad_(), self.weight.detach().requires_grad_()
-        inputs, options = [x, weight], {"offset": self.offset, "casting": self.casting}
+        inputs = [x, weight]
         if self.residual is None:
-            y = rms_norm(x, weight, EPS, implementation=implementation, **options)
+            y = rms_norm(
+                x,
+                weight,
+                EPS,
+                offset=self.offset,
+                casting=self.casting,
+                implementation=implementation,
+            )
             dx, dw = torch.autograd.grad(y, inputs, self.dy)
             return {"y": y.detach(), "dx": dx, "dw": dw}
         r = self.residual.detach().requires_grad_()
-        y, h = rms_norm(x, weight, EPS, residual=r, implementation=implementation, **options)
+        y, h = rms_norm(
+            x,
+            weight,
+            EPS,
+            offset=self.offset,
+            casting=self.casting,
+            residual=r,
+            implementation=implementation,
+        )
         dx, dw, dr = torch.autograd.grad((y, h), [*inputs, r], (self.dy, self.dh))
         return {"y": y.detach(), "h": h.detach(), "dx": dx, "dw": dw, "dr": dr}
 
