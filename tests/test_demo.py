@@ -24,7 +24,7 @@ from bench.demo.compare import (
 from bench.demo.contender import Contender
 from bench.demo.parity import ParityRow, capture, measure
 from bench.demo.tables import comparison_notes, comparison_table, divergence_lines, parity_table
-from swathe.modeling import LlamaConfig, LlamaForCausalLM
+from swathe import LlamaConfig, LlamaForCausalLM
 
 KINDS = ("bfloat16", "float32")
 needs_weights = pytest.mark.skipif(

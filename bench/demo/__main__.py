@@ -22,7 +22,6 @@ import torch
 import swathe
 from bench.demo.checkpoint import MissingPackage, draw_bar, ensure_checkpoint
 from bench.demo.compare import Comparison, ContenderFailed, Figures
-from bench.demo.contender import auto_class
 from bench.demo.generate import encode_chat, encode_text, stream
 from bench.demo.parity import ParityRow, capture, fused_backends, in_own_process
 from bench.demo.tables import (
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench.demo: {problem}", file=sys.stderr)
         return 1
     report["seconds"] = time.perf_counter() - start
-    print(f"\n{report['seconds']:.0f} s in all.")
+    print(f"\n{report['seconds']:.0f} s after the first imports.")
     if options.json is not None:
         aside = options.json.with_name(f".{options.json.name}.{os.getpid()}")
         aside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -127,7 +126,10 @@ def _run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "dtype": options.dtype,
         "max_new_tokens": options.max_new_tokens,
         "prompts": {"text": options.prompt, "chat": options.chat},
-        "versions": {name: version(name) for name in ("swathe", "torch", "transformers")},
+        "versions": {
+            "swathe": swathe.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "gguf")},
+        },
         "kernels": json.loads(demo.model.kernel_report().to_json()),
         "comparison": [f.to_json() for f in figures],
         "parity": [row.to_json() for row in rows],
@@ -143,7 +145,7 @@ def attention_for(device: str) -> str:
 def _load(options: argparse.Namespace, directory: Path, attention: str) -> Demo:
     from transformers import AutoTokenizer
 
-    model = auto_class("swathe").from_pretrained(
+    model = swathe.AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=getattr(torch, options.dtype),
         device_map=options.device,

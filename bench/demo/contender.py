@@ -103,9 +103,9 @@ class Contender:
 def auto_class(library: str) -> Any:
     """AutoModelForCausalLM of a library."""
     if library == "swathe":
-        from swathe.modeling import AutoModelForCausalLM
+        import swathe
 
-        return AutoModelForCausalLM
+        return swathe.AutoModelForCausalLM
     import transformers
 
     transformers.logging.set_verbosity_error()

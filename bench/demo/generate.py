@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from swathe.modeling.generation.streamer import TextStreamer
+import swathe
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -26,6 +26,6 @@ def stream(
     model: Any, tokenizer: Any, ids: list[int], new: int, *, skip_prompt: bool = False
 ) -> None:
     """Print greedy text as it comes."""
-    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
+    streamer = swathe.TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     prompt = torch.tensor([ids], device=model.device)
     model.generate(prompt, max_new_tokens=new, streamer=streamer)

@@ -74,7 +74,7 @@ def comparison_notes(figures: Sequence[Figures], new: int, threads: int) -> str:
 Greedy, up to {new} tokens after each prompt, equal up to the first that differs. Logits at every
 position of the prompts; the largest is {largest:.3g}. Distance from fp32's: from transformers' own
 in fp32. tokens/s: {ROUNDS} interleaved rounds of {new} tokens after the first prompt, first token
-not counted; {threads} CPU threads. load: once, the file in the page cache. Memory: resident, mapped
+not counted; threads: {threads}. load: once, the file in the page cache. Memory: resident, mapped
 files included, each contender in a process of its own, before its fp32 run."""
 
 

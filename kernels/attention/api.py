@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from swathe.kernels.attention.eager import attention_with_weights
 from swathe.kernels.attention.mask import Mask
+from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.registry import (
     AUTO,
     Backend,
     Choice,
     Prefer,
     register_backend,
-    resolve,
     set_preference,
 )
-from swathe.kernels.core.spec import ANY, FLOATS_AND_DOUBLE, Capabilities, Spec
+from swathe.kernels.core.spec import ANY, FLOATS_AND_DOUBLE, Capabilities
 
 __all__ = [
     "Mask",
@@ -32,8 +31,7 @@ __all__ = [
 
 OP = "attention"
 
-_choices: dict[tuple[object, ...], Choice] = {}
-_traceable: dict[str, Callable[..., Tensor]] = {}
+_chooser = Chooser(OP, "grouped", "dropout", "weights")
 
 
 def attention(
@@ -65,15 +63,9 @@ def attention(
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     _validate(q, k, v, dropout)
     described = _describe(mask, causal, q, k)
-    if isinstance(implementation, Choice):
-        if q.device.type not in implementation.devices:
-            raise ValueError(
-                f"attention: q is on {q.device}, but backend {implementation.backend!r} was chosen "
-                f"for {sorted(implementation.devices)}; choose again with resolve_attention"
-            )
-        call = implementation.call
-    else:
-        call = _chosen(q, k, dropout, implementation)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    grouped = q.shape[1] > k.shape[1]
+    call = _chooser.call_for(q, implementation, q.shape[-1], grad, grouped, dropout > 0, False)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return call(q, k, v, described, scale, dropout)
 
@@ -93,8 +85,7 @@ def resolve_attention(
     `groups` is H/K, `weights` asks for a backend that can also return the attention weights.
     Raises as `attention` does for a backend that is unknown, unavailable or cannot serve.
     """
-    key = (x.device, x.dtype, head_dim, groups > 1, dropout, weights, grad, implementation)
-    return _choose(key, compiled=False)
+    return _chooser.choose(x, implementation, head_dim, grad, groups > 1, dropout, weights)
 
 
 def register_attention(
@@ -111,36 +102,6 @@ def register_attention(
     """
     backend = Backend(OP, name, load=lambda: function, capabilities=capabilities)
     register_backend(backend, replace=replace_existing)
-
-
-def _chosen(q: Tensor, k: Tensor, dropout: float, implementation: str) -> Callable[..., Tensor]:
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    kind = (q.device, q.dtype, int(q.shape[-1]), q.shape[1] > k.shape[1], dropout > 0)
-    key = (*kind, False, grad, implementation)
-    if torch.compiler.is_compiling():
-        return _traceable[_name_while_tracing(key)]
-    choice = _choices.get(key)
-    if choice is None:
-        choice = _choices[key] = _choose(key, compiled=False)
-    return choice.call
-
-
-def _name_while_tracing(key: tuple[Any, ...]) -> str:
-    # a graph being traced can hold a name as a constant, but not a Choice
-    choice = _choose(key, compiled=True)
-    _traceable[choice.backend] = choice.call
-    return choice.backend
-
-
-# what torch.compiler.assume_constant_result sets, without its import of the whole of dynamo
-_name_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _choose(key: tuple[Any, ...], compiled: bool) -> Choice:
-    device, dtype, size, grouped, dropout, weights, grad, implementation = key
-    features = {"grouped": grouped, "dropout": dropout, "weights": weights}
-    spec = Spec.on(OP, device, dtype, size=size, grad=grad, compiled=compiled, **features)
-    return resolve(spec, implementation)
 
 
 def _describe(mask: Mask | Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Mask:

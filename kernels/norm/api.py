@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from importlib import import_module
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.cpp import why_unavailable
 from swathe.kernels.core.device import interpreting
 from swathe.kernels.core.errors import did_you_mean
@@ -18,9 +19,7 @@ from swathe.kernels.core.registry import (
     Backend,
     Choice,
     Prefer,
-    on_change,
     register_backend,
-    resolve,
     set_preference,
 )
 from swathe.kernels.core.spec import ANY, FLOATS, FLOATS_AND_DOUBLE, Capabilities, Spec
@@ -30,9 +29,7 @@ OP = "rms_norm"
 Casting = Literal["llama", "gemma", "fp32"]
 CASTINGS: tuple[Casting, ...] = ("llama", "gemma", "fp32")
 
-_choices: dict[tuple[Any, ...], Choice] = {}
-_traceable: dict[str, Callable[..., Any]] = {}
-on_change(_choices.clear)
+_chooser = Chooser(OP, "weight_dtype", "offset", "casting", "residual")
 
 
 @overload
@@ -83,16 +80,10 @@ def rms_norm(
     Second derivatives and forward-mode AD of fused backends raise.
     """
     _validate(x, weight, eps, casting, residual)
-    if isinstance(implementation, Choice):
-        choice = implementation
-        if x.device.type not in choice.devices:
-            raise ValueError(
-                f"rms_norm: x is on {x.device}, but backend {choice.backend!r} was chosen for "
-                f"{sorted(choice.devices)}; choose again with resolve_rms_norm on this device"
-            )
-        call = choice.call
-    else:
-        call = _chosen(x, weight, offset, casting, residual, implementation)
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    added = residual is not None
+    facts = (x.shape[-1], grad, weight.dtype, offset != 0, casting, added)
+    call = _chooser.call_for(x, implementation, *facts)
     return call(x, weight, eps, offset, casting, residual)
 
 
@@ -110,52 +101,8 @@ def resolve_rms_norm(
 
     Raises as `rms_norm` does for a backend that is unknown, unavailable or cannot serve.
     """
-    kind = (x.device, x.dtype, x.shape[-1], weight.dtype)
-    key = (*kind, offset != 0, casting, residual, grad, implementation)
-    return _choose(key, compiled=False)
-
-
-def _chosen(
-    x: Tensor,
-    weight: Tensor,
-    offset: float,
-    casting: Casting,
-    residual: Tensor | None,
-    implementation: str,
-) -> Callable[..., Any]:
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    shifted, added = offset != 0, residual is not None
-    kind = (x.device, x.dtype, int(x.shape[-1]), weight.dtype)
-    key = (*kind, shifted, casting, added, grad, implementation)
-    if torch.compiler.is_compiling():
-        return _traceable[_name_while_tracing(key)]
-    choice = _choices.get(key)
-    if choice is None:
-        choice = _choices[key] = _choose(key, compiled=False)
-    return choice.call
-
-
-def _name_while_tracing(key: tuple[Any, ...]) -> str:
-    # a graph being traced can hold a name as a constant, but not a Choice
-    choice = _choose(key, compiled=True)
-    _traceable[choice.backend] = choice.call
-    return choice.backend
-
-
-# what torch.compiler.assume_constant_result sets, without its import of the whole of dynamo
-_name_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _choose(key: tuple[Any, ...], compiled: bool) -> Choice:
-    device, dtype, size, weight_dtype, offset, casting, residual, grad, implementation = key
-    features = {
-        "casting": casting,
-        "offset": offset,
-        "residual": residual,
-        "weight_dtype": weight_dtype,
-    }
-    spec = Spec.on(OP, device, dtype, size=size, grad=grad, compiled=compiled, **features)
-    return resolve(spec, implementation)
+    facts = (x.shape[-1], grad, weight.dtype, offset != 0, casting, residual)
+    return _chooser.choose(x, implementation, *facts)
 
 
 def _validate(x: Tensor, weight: Tensor, eps: float, casting: str, residual: Tensor | None) -> None:

@@ -241,7 +241,7 @@ def test_resolve_and_use_a_choice() -> None:
     assert choice.backend == "sdpa"
     expected = attention(q, k, v, implementation="sdpa")
     assert torch.equal(attention(q, k, v, implementation=choice), expected)
-    with pytest.raises(ValueError, match="q is on meta, but backend 'here' was chosen for"):
+    with pytest.raises(ValueError, match="the input is on meta, but backend 'here' was chosen for"):
         here = type(choice)("attention", "here", choice.call, frozenset({"cpu"}), "here")
         attention(*(t.to("meta") for t in (q, k, v)), implementation=here)
 

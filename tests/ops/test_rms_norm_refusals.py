@@ -73,7 +73,7 @@ def test_refusals(case: str) -> None:
 
 def test_choice_on_another_device_is_refused() -> None:
     choice = replace(resolve_rms_norm(X, W, "eager"), backend="far", devices=frozenset({"cuda"}))
-    with pytest.raises(ValueError, match=r"x is on cpu.*chosen for \['cuda'\]"):
+    with pytest.raises(ValueError, match=r"the input is on cpu.*chosen for \['cuda'\]"):
         rms_norm(X, W, implementation=choice)
 
 
