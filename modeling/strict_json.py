@@ -18,25 +18,49 @@ MAX_DEPTH = 32
 _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
+class JsonRefused(ValueError):
+    """Why a text is not the JSON object that was wanted; `key` is the key at fault, if one is."""
+
+    def __init__(self, reason: str, key: str | None = None) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+def parse(text: str | bytes, *, constants: bool = True) -> dict[str, Any]:
+    """The JSON object in `text`; JsonRefused for anything else, repeated keys and deep nesting.
+
+    `constants` admits bare NaN and Infinity, which old configuration files hold.
+    """
+
+    def constant(name: str) -> float:
+        if not constants:
+            raise JsonRefused(f"{name} is not JSON")
+        return _FLOATS[name]
+
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+    except JsonRefused:
+        raise
+    except RecursionError:
+        raise JsonRefused(f"nested too deeply; expected at most {MAX_DEPTH} levels") from None
+    except ValueError as problem:
+        raise JsonRefused(f"not valid JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise JsonRefused(f"expected a JSON object, got a {type(value).__name__}")
+    if _depth(value) > MAX_DEPTH:
+        raise JsonRefused(f"nested too deeply; expected at most {MAX_DEPTH} levels")
+    return value
+
+
 def read_object(file: Path, error: type[ValueError]) -> dict[str, Any]:
     """The JSON object in `file`; raises `error` naming the file for anything else."""
     size = file.stat().st_size
     if not file.is_file() or size > MAX_BYTES:
         raise error(f"{file}: expected a regular file of at most {MAX_BYTES} bytes, got {size}")
     try:
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_FLOATS.__getitem__)
-    except RecursionError:
-        raise error(f"{file}: nested too deeply; expected at most {MAX_DEPTH} levels") from None
-    except ValueError as problem:
-        raise error(
-            f"{file}: not valid JSON: {problem}; correct or download the file again"
-        ) from None
-    if not isinstance(value, dict):
-        raise error(f"{file}: expected a JSON object, got a {type(value).__name__}")
-    if _depth(value) > MAX_DEPTH:
-        raise error(f"{file}: nested too deeply; expected at most {MAX_DEPTH} levels")
-    return value
+        return parse(file.read_bytes())
+    except JsonRefused as problem:
+        raise error(f"{file}: {problem}; correct or download the file again") from None
 
 
 def dumps(value: dict[str, Any]) -> str:
@@ -65,8 +89,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> Any:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"duplicate keys {twice}")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise JsonRefused(f"key {twice!r} appears twice", twice)
     if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
         return _FLOATS[value["__float__"]]
     return value

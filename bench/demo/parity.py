@@ -105,7 +105,7 @@ def measure(captured: Captured, backends: list[str]) -> list[ParityRow]:
 def outputs_of(inputs: dict[str, Any], backend: str) -> dict[str, Tensor]:
     """y, dx, dw, and with a residual h, of a backend of rms_norm with Llama's casting."""
     x, weight = (inputs[name].clone().requires_grad_() for name in ("x", "weight"))
-    options = {"casting": "llama", "implementation": backend}
+    options: dict[str, Any] = {"casting": "llama", "implementation": backend}
     if "residual" not in inputs:
         y = swathe.rms_norm(x, weight, inputs["eps"], **options)
         dx, dw = torch.autograd.grad(y, (x, weight), inputs["dy"])

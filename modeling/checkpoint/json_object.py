@@ -1,11 +1,11 @@
-"""JSON where a repeated key, NaN or absurd nesting is an error instead of a silent choice."""
+"""A checkpoint's JSON: what strict_json refuses, as an error with the file's code and name."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from swathe.modeling import strict_json
 from swathe.modeling.checkpoint.errors import CheckpointError
 
 
@@ -16,31 +16,8 @@ def parse(
 
     `constants` admits bare NaN and Infinity, which old config files hold.
     """
-
-    def refuse(reason: str, key: str | None = None) -> NoReturn:
-        raise CheckpointError(code, f"{file}: {reason}; expected {expected}", file=file, key=key)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    refuse(f"key {key!r} appears twice", key)
-                seen.add(key)
-        return found
-
-    def constant(name: str) -> float:
-        return float(name) if constants else refuse(f"{name} is not JSON")
-
     try:
-        value = json.loads(data, object_pairs_hook=unique, parse_constant=constant)
-    except CheckpointError:
-        raise
-    except RecursionError:
-        refuse("nested too deeply")
-    except ValueError as error:
-        refuse(f"not valid JSON ({error})")
-    if not isinstance(value, dict):
-        refuse(f"holds a JSON {type(value).__name__}")
-    return value
+        return strict_json.parse(data, constants=constants)
+    except strict_json.JsonRefused as refused:
+        message = f"{file}: {refused}; expected {expected}"
+        raise CheckpointError(code, message, file=file, key=refused.key) from None
