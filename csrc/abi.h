@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a signature or the meaning of an argument changes; kernels/core/cpp.py repeats it.
-#define SWATHE_ABI_VERSION 1
+#define SWATHE_ABI_VERSION 2
 
 namespace swathe {
 

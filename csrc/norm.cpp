@@ -1,4 +1,5 @@
 // RMSNorm: arguments, threads and the C entry points. The arithmetic is in norm_rows.h.
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -32,8 +33,8 @@ struct NormBackward {
 struct NormIsa {
   void (*forward)(const NormForward&, int64_t, int64_t);
   void (*backward)(const NormBackward&, int64_t, int64_t, float*);
-  void (*prepare)(const void*, int32_t, float, float*, int64_t);
-  void (*finish)(const float*, int64_t, int32_t, void*, int64_t);
+  void (*prepare)(const void*, int64_t, float, float*, int64_t);
+  void (*finish)(const float*, int64_t, int64_t, void*, int64_t);
 };
 
 // The type of a sum, by torch's rules: equal types keep theirs, different ones give fp32.
@@ -46,7 +47,7 @@ struct Promote<A, A> {
   using type = A;
 };
 
-constexpr int64_t width(int32_t type) { return type == kFloat32 ? 4 : 2; }
+constexpr int64_t width(int64_t type) { return type == kFloat32 ? 4 : 2; }
 
 }  // namespace
 }  // namespace swathe
@@ -83,46 +84,85 @@ int64_t blocks_of(int64_t M) {
 
 using namespace swathe;
 
-// h is read (r_type == kNone) from x or written as x + r. Returns 0, or 1 without memory.
-SWATHE_API int32_t swathe_rms_norm_forward(const void* x, const void* r, const void* weight, void* y,
-                                           void* h, float* rstd, int32_t x_type, int32_t r_type,
-                                           int32_t w_type, int32_t y_type, int64_t x_stride,
-                                           int64_t r_stride, int64_t M, int64_t N, float eps,
-                                           float offset, int32_t twice, int32_t threads,
-                                           int32_t isa) {
-  const NormIsa& norm = norm_for(isa);
-  std::unique_ptr<float[]> scale(new (std::nothrow) float[N]);
+// Arguments as kernels/norm/_cpp.py packs them: one pointer is cheaper to pass from Python than
+// nineteen arguments. Every field takes 8 bytes.
+struct ForwardArguments {
+  const void *x, *r, *weight;
+  void *y, *h;
+  float* rstd;
+  int64_t x_type, r_type, w_type, y_type, x_stride, r_stride, M, N;
+  double eps, offset;
+  int64_t twice, threads, isa;
+};
+
+struct BackwardArguments {
+  const void *dy, *h, *weight;
+  const float* rstd;
+  const void* dh;
+  void *dx, *dw;
+  int64_t dy_type, h_type, w_type, dy_stride, h_stride, dh_stride, M, N;
+  double offset;
+  int64_t threads, isa;
+};
+
+// h is read from x (r_type == kNone) or written as x + r. Returns 0, or 1 without memory.
+SWATHE_API int32_t swathe_rms_norm_forward(const void* packed) {
+  ForwardArguments a;
+  std::memcpy(&a, packed, sizeof a);
+  const NormIsa& norm = norm_for(static_cast<int>(a.isa));
+  std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
   if (!scale) return 1;
-  norm.prepare(weight, w_type, offset, scale.get(), N);
-  const NormForward call = {x,      r,      y,        h,        rstd, scale.get(), x_type,
-                            r_type, y_type, x_stride, r_stride, N,    eps,         twice != 0};
-  const int64_t bytes = M * N * (width(x_type) + width(y_type));
-  parallel_for(M, threads_for(bytes, M, threads),
+  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), scale.get(), a.N);
+  const NormForward call = {a.x,
+                            a.r,
+                            a.y,
+                            a.h,
+                            a.rstd,
+                            scale.get(),
+                            static_cast<int32_t>(a.x_type),
+                            static_cast<int32_t>(a.r_type),
+                            static_cast<int32_t>(a.y_type),
+                            a.x_stride,
+                            a.r_stride,
+                            a.N,
+                            static_cast<float>(a.eps),
+                            a.twice != 0};
+  const int64_t bytes = a.M * a.N * (width(call.x_type) + width(call.y_type));
+  parallel_for(a.M, threads_for(bytes, a.M, static_cast<int>(a.threads)),
                [&](int64_t begin, int64_t end) { norm.forward(call, begin, end); });
   return 0;
 }
 
 // dh may be null. Returns 0, or 1 without memory.
-SWATHE_API int32_t swathe_rms_norm_backward(const void* dy, const void* h, const void* weight,
-                                            const float* rstd, const void* dh, void* dx, void* dw,
-                                            int32_t dy_type, int32_t h_type, int32_t w_type,
-                                            int64_t dy_stride, int64_t h_stride, int64_t dh_stride,
-                                            int64_t M, int64_t N, float offset, int32_t threads,
-                                            int32_t isa) {
-  const NormIsa& norm = norm_for(isa);
-  const int64_t blocks = blocks_of(M);
-  std::unique_ptr<float[]> scale(new (std::nothrow) float[N]);
-  std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * N]());
+SWATHE_API int32_t swathe_rms_norm_backward(const void* packed) {
+  BackwardArguments a;
+  std::memcpy(&a, packed, sizeof a);
+  const NormIsa& norm = norm_for(static_cast<int>(a.isa));
+  const int64_t blocks = blocks_of(a.M);
+  std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
+  std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * a.N]());
   if (!scale || !partial) return 1;
-  norm.prepare(weight, w_type, offset, scale.get(), N);
-  const NormBackward call = {dy,      h,      dh,        dx,       rstd,      scale.get(),
-                             dy_type, h_type, dy_stride, h_stride, dh_stride, N};
-  const int64_t bytes = M * N * (width(dy_type) + 2 * width(h_type));
-  parallel_for(blocks, threads_for(bytes, blocks, threads), [&](int64_t begin, int64_t end) {
+  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), scale.get(), a.N);
+  const NormBackward call = {a.dy,
+                             a.h,
+                             a.dh,
+                             a.dx,
+                             a.rstd,
+                             scale.get(),
+                             static_cast<int32_t>(a.dy_type),
+                             static_cast<int32_t>(a.h_type),
+                             a.dy_stride,
+                             a.h_stride,
+                             a.dh_stride,
+                             a.N};
+  const int64_t bytes = a.M * a.N * (width(call.dy_type) + 2 * width(call.h_type));
+  const int threads = threads_for(bytes, blocks, static_cast<int>(a.threads));
+  parallel_for(blocks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      norm.backward(call, M * block / blocks, M * (block + 1) / blocks, partial.get() + block * N);
+      norm.backward(call, a.M * block / blocks, a.M * (block + 1) / blocks,
+                    partial.get() + block * a.N);
     }
   });
-  norm.finish(partial.get(), blocks, w_type, dw, N);
+  norm.finish(partial.get(), blocks, a.w_type, a.dw, a.N);
   return 0;
 }

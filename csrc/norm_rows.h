@@ -226,13 +226,13 @@ SWATHE_TARGET static void sum_blocks(const float* partial, int64_t blocks, void*
   }
 }
 
-static void prepare(const void* weight, int32_t type, float offset, float* scale, int64_t N) {
+static void prepare(const void* weight, int64_t type, float offset, float* scale, int64_t N) {
   if (type == kFloat32) return scale_of<float>(weight, offset, scale, N);
   if (type == kBFloat16) return scale_of<bf16>(weight, offset, scale, N);
   return scale_of<f16>(weight, offset, scale, N);
 }
 
-static void finish(const float* partial, int64_t blocks, int32_t type, void* dw, int64_t N) {
+static void finish(const float* partial, int64_t blocks, int64_t type, void* dw, int64_t N) {
   if (type == kFloat32) return sum_blocks<float>(partial, blocks, dw, N);
   if (type == kBFloat16) return sum_blocks<bf16>(partial, blocks, dw, N);
   return sum_blocks<f16>(partial, blocks, dw, N);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
-from ctypes import c_float, c_int32, c_int64, c_void_p
+from ctypes import c_char_p, c_int32
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,20 +16,19 @@ import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 1  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 2  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
 _REBUILD = "run `pip install -e .` (or `pip install .`) again where a C++ compiler is installed"
 
-_p, _i, _n, _f = c_void_p, c_int32, c_int64, c_float
-# argument types of every entry point, in the order of csrc/*.cpp
+# entry points; each op takes one pointer to its packed arguments
 _SIGNATURES = {
     "swathe_abi_version": [],
     "swathe_isa": [],
     "swathe_threaded": [],
-    "swathe_rms_norm_forward": [*[_p] * 6, *[_i] * 4, *[_n] * 4, _f, _f, _i, _i, _i],
-    "swathe_rms_norm_backward": [*[_p] * 7, *[_i] * 3, *[_n] * 5, _f, _i, _i],
+    "swathe_rms_norm_forward": [c_char_p],
+    "swathe_rms_norm_backward": [c_char_p],
 }
 
 

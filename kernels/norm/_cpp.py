@@ -7,6 +7,8 @@ bits with any number of threads. Threads are torch's: torch.set_num_threads gove
 
 from __future__ import annotations
 
+from struct import Struct
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, library
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_add
 
+# ForwardArguments and BackwardArguments of csrc/norm.cpp
+_FORWARD = Struct("=6Q8q2d3q")
+_BACKWARD = Struct("=7Q8qd2q")
 BEST_ISA = -1  # tests pass the number of a narrower instruction set
 
 
@@ -59,12 +64,12 @@ def _run_forward(
     x, x_stride = as_rows(x)
     weight = weight.contiguous()
     r, r_stride = (None, 0) if residual is None else as_rows(residual)
-    failed = library().swathe_rms_norm_forward(
+    packed = _FORWARD.pack(
         x.data_ptr(),
-        None if r is None else r.data_ptr(),
+        0 if r is None else r.data_ptr(),
         weight.data_ptr(),
         y.data_ptr(),
-        None if h is None else h.data_ptr(),
+        0 if h is None else h.data_ptr(),
         rstd.data_ptr(),
         TYPE_CODES[x.dtype],
         NO_TENSOR if r is None else TYPE_CODES[r.dtype],
@@ -80,7 +85,7 @@ def _run_forward(
         torch.get_num_threads(),
         isa,
     )
-    _raise_if(failed, N)
+    _raise_if(library().swathe_rms_norm_forward(packed), N)
 
 
 def backward(
@@ -101,12 +106,12 @@ def backward(
     h, h_stride = as_rows(h)
     weight = weight.contiguous()
     d, d_stride = (None, 0) if dh is None else as_rows(dh)
-    failed = library().swathe_rms_norm_backward(
+    packed = _BACKWARD.pack(
         dy.data_ptr(),
         h.data_ptr(),
         weight.data_ptr(),
         rstd.data_ptr(),
-        None if d is None else d.data_ptr(),
+        0 if d is None else d.data_ptr(),
         dx.data_ptr(),
         dw.data_ptr(),
         TYPE_CODES[dy.dtype],
@@ -121,7 +126,7 @@ def backward(
         torch.get_num_threads(),
         isa,
     )
-    _raise_if(failed, N)
+    _raise_if(library().swathe_rms_norm_backward(packed), N)
     return dx, dw
 
 

@@ -33,7 +33,8 @@ def empty_forward(
     x: Tensor, weight: Tensor, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised y (x's shape, contiguous) and rstd (M,) in fp32: what a launcher fills."""
-    y = torch.empty(x.shape, dtype=output_dtype(x.dtype, weight.dtype, casting), device=x.device)
+    dtype = x.dtype if x.dtype == weight.dtype else output_dtype(x.dtype, weight.dtype, casting)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return y, torch.empty(prod(x.shape[:-1]), dtype=torch.float32, device=x.device)
 
 
@@ -51,8 +52,8 @@ def empty_backward(
     dy: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, dh: Tensor | None, offset: float
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised dx (h's shape and dtype, contiguous) and dw."""
-    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    return dx, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return dx, torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def fused(backend: str, module: str) -> Callable[..., Any]:

@@ -32,7 +32,7 @@ def compile_library(folder: Path, source: str) -> Path:
 
 def test_versions_must_agree(tmp_path: Path) -> None:
     other = compile_library(tmp_path, 'extern "C" int swathe_abi_version() { return 999; }')
-    with pytest.raises(BackendUnavailable, match=r"ABI version 999, this swathe needs 1"):
+    with pytest.raises(BackendUnavailable, match=r"ABI version 999, this swathe needs 2"):
         cpp.load(other)
 
 
