@@ -198,6 +198,7 @@ def test_comparison_of_a_small_model(tiny: Path) -> None:
     assert ours.peak > ours.memory_before > 0 and ours.load_s > 0
     assert 0 < ours.slowest <= ours.tokens_per_s <= ours.fastest
     assert 0 < ours.logit_error < 1.0
+    assert 1 <= ours.rounds == reference.rounds <= 3
     assert json.loads(json.dumps(ours.to_json()))["library"] == "swathe"
 
 

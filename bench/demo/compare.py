@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
+ENOUGH_S = 20.0  # no further round after this, on a machine that is slow or busy
 EXACT = "float32"
 
 
@@ -60,6 +62,7 @@ class Figures:
     agreement: dict[str, Agreement] = field(default_factory=dict)
     logit_error: float = 0.0
     largest_logit: float = 0.0
+    rounds: int = 0
     tokens_per_s: float = 0.0
     slowest: float = 0.0
     fastest: float = 0.0
@@ -148,9 +151,9 @@ class Comparison:
         """Figures of every contender on token ids; `new` tokens are generated after each prompt.
 
         Loading comes first, one after the other and with the file in the page cache. Then tokens
-        and logits, which also warm up, then ROUNDS interleaved rounds of `new` tokens after the
-        first prompt for the times, then the peak of memory, and last the same in fp32 (tokens of
-        the reference and of the last contender only).
+        and logits, which also warm up, then up to ROUNDS interleaved rounds of `new` tokens after
+        the first prompt for the times, then the peak of memory, and last the same in fp32 (tokens
+        of the reference and of the last contender only).
         """
         pairs = list(zip(self.remotes, self.figures, strict=True))
         for remote, figures in pairs:
@@ -206,7 +209,10 @@ class Comparison:
 
     def _times(self, prompt: list[int], new: int) -> None:
         taken: list[list[dict[str, Any]]] = [[] for _ in self.remotes]
+        start = time.monotonic()
         for round_index in range(ROUNDS):
+            if round_index and time.monotonic() - start > ENOUGH_S:
+                break
             for turn in range(len(self.remotes)):
                 which = (round_index + turn) % len(self.remotes)
                 answer = self.remotes[which].ask("generate", ids=prompt, new=new, endless=True)
@@ -214,6 +220,7 @@ class Comparison:
                 taken[which].append(answer)
         for figures, answers in zip(self.figures, taken, strict=True):
             rates = [answer["tokens_per_s"] for answer in answers]
+            figures.rounds = len(rates)
             figures.tokens_per_s = statistics.median(rates)
             figures.slowest, figures.fastest = min(rates), max(rates)
             figures.first_token_s = statistics.median(a["first_token_s"] for a in answers)

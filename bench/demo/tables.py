@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench.demo.compare import EXACT, ROUNDS, Agreement, Divergence, Figures
+from bench.demo.compare import EXACT, Agreement, Divergence, Figures
 from bench.demo.parity import ParityRow
 
 MB = 1e6
@@ -69,11 +69,11 @@ def _difference(agreement: Agreement) -> str:
 
 def comparison_notes(figures: Sequence[Figures], new: int, threads: int) -> str:
     """What the comparison's rows mean."""
-    largest = figures[0].largest_logit
+    largest, rounds = figures[0].largest_logit, figures[0].rounds
     return f"""\
 Greedy, up to {new} tokens after each prompt, equal up to the first that differs. Logits at every
 position of the prompts; the largest is {largest:.3g}. Distance from fp32's: from transformers' own
-in fp32. tokens/s: {ROUNDS} interleaved rounds of {new} tokens after the first prompt, first token
+in fp32. tokens/s: {rounds} interleaved rounds of {new} tokens after the first prompt, first token
 not counted; threads: {threads}. load: once, the file in the page cache. Memory: resident, mapped
 files included, each contender in a process of its own, before its fp32 run."""
 
