@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check bench wheel clean
@@ -11,8 +12,8 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest tests/offline
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope
+	$(BIN)/python -m pytest tests/offline -n $(JOBS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -22,6 +22,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # several workers share the cores; OpenMP's barriers are slow where threads outnumber them
+        torch.set_num_threads(1)
     paths = [Path(str(a).split("::")[0]).resolve() for a in config.args]
     offline = all(p == _OFFLINE or _OFFLINE in p.parents for p in paths)
     if torch.cuda.is_available() or offline:
