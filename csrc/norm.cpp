@@ -19,7 +19,7 @@ struct NormForward {
   int32_t x_type, r_type, y_type;
   int64_t x_stride, r_stride, N;
   float eps;
-  bool twice;
+  bool twice, stream;
 };
 
 struct NormBackward {
@@ -28,6 +28,7 @@ struct NormBackward {
   const float *rstd, *scale;
   int32_t dy_type, h_type;
   int64_t dy_stride, h_stride, dh_stride, N;
+  bool stream;
 };
 
 struct NormIsa {
@@ -46,6 +47,9 @@ template <class A>
 struct Promote<A, A> {
   using type = A;
 };
+
+// Outputs of this size leave the caches before anyone reads them again.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 constexpr int64_t width(int64_t type) { return type == kFloat32 ? 4 : 2; }
 
@@ -126,7 +130,8 @@ SWATHE_API int32_t swathe_rms_norm_forward(const void* packed) {
                             a.r_stride,
                             a.N,
                             static_cast<float>(a.eps),
-                            a.twice != 0};
+                            a.twice != 0,
+                            a.M * a.N * width(a.y_type) >= kStreamBytes};
   const int64_t bytes = a.M * a.N * (width(call.x_type) + width(call.y_type));
   parallel_for(a.M, threads_for(bytes, a.M, static_cast<int>(a.threads)),
                [&](int64_t begin, int64_t end) { norm.forward(call, begin, end); });
@@ -154,7 +159,8 @@ SWATHE_API int32_t swathe_rms_norm_backward(const void* packed) {
                              a.dy_stride,
                              a.h_stride,
                              a.dh_stride,
-                             a.N};
+                             a.N,
+                             a.M * a.N * width(a.h_type) >= kStreamBytes};
   const int64_t bytes = a.M * a.N * (width(call.dy_type) + 2 * width(call.h_type));
   const int threads = threads_for(bytes, blocks, static_cast<int>(a.threads));
   parallel_for(blocks, threads, [&](int64_t begin, int64_t end) {

@@ -8,17 +8,19 @@
 // A row's result depends on nothing but the row: not on threads, neighbours or M.
 
 constexpr int64_t kChunk = 64 * lanes;
+constexpr int kGroup = 2;  // rows whose gradients are formed together
+constexpr int kChains = 4;  // independent sums, so that an addition need not wait for the last
 
 // h (stored if there is a residual) and sum(h^2) of one row.
 template <class X, class R, class H, bool kAdd>
 SWATHE_TARGET static double first_pass(const X* x, const R* r, H* h, int64_t N) {
-  double total = 0;
+  vd total = {};
   for (int64_t start = 0; start < N; start += kChunk) {
     const int64_t stop = std::min(start + kChunk, N);
-    vf squares[2] = {};
+    vf squares[kChains] = {};
     int64_t n = start;
-    for (; n + 2 * lanes <= stop; n += 2 * lanes) {
-      for (int k = 0; k < 2; ++k) {
+    for (; n + kChains * lanes <= stop; n += kChains * lanes) {
+      for (int k = 0; k < kChains; ++k) {
         vf v = load(x + n + k * lanes);
         if (kAdd) {
           v = rounded(v + load(r + n + k * lanes), H{});
@@ -36,19 +38,19 @@ SWATHE_TARGET static double first_pass(const X* x, const R* r, H* h, int64_t N) 
       }
       squares[0] += v * v;
     }
-    total += sum(squares[0] + squares[1]);
+    total += doubles((squares[0] + squares[1]) + (squares[2] + squares[3]));
   }
-  return total;
+  return sum(total);
 }
 
 // y of one row; kTwice rounds xhat to h's type before the weight, as HF's LlamaRMSNorm does.
-template <class H, class Y, bool kTwice>
+template <class H, class Y, bool kTwice, bool kStream>
 SWATHE_TARGET static void second_pass(const H* h, const float* scale, float rstd, Y* y, int64_t N) {
   int64_t n = 0;
   for (; n + lanes <= N; n += lanes) {
     vf v = load(h + n) * rstd;
     if (kTwice) v = rounded(v, H{});
-    store(y + n, v * load(scale + n));
+    store_as<kStream>(y + n, v * load(scale + n));
   }
   if (n < N) {
     vf v = load_part(h + n, N - n) * rstd;
@@ -71,68 +73,98 @@ SWATHE_TARGET static void forward_rows(const NormForward& a, int64_t begin, int6
     const float rstd = 1.0f / std::sqrt(mean + a.eps);
     a.rstd[m] = rstd;
     const void* source = kAdd ? static_cast<const void*>(h_row) : x + m * a.x_stride;
-    second_pass<H, Y, kTwice>(static_cast<const H*>(source), a.scale, rstd, y + m * a.N, a.N);
+    const H* h_read = static_cast<const H*>(source);
+    Y* y_row = y + m * a.N;
+    if (a.stream && streamable(y_row)) {
+      second_pass<H, Y, kTwice, true>(h_read, a.scale, rstd, y_row, a.N);
+    } else {
+      second_pass<H, Y, kTwice, false>(h_read, a.scale, rstd, y_row, a.N);
+    }
   }
+  if (a.stream) streamed();
 }
 
 // sum(g * h) of one row.
 template <class D, class H>
 SWATHE_TARGET static double dot_pass(const D* dy, const H* h, const float* scale, int64_t N) {
-  double total = 0;
+  vd total = {};
   for (int64_t start = 0; start < N; start += kChunk) {
     const int64_t stop = std::min(start + kChunk, N);
-    vf products = {};
+    vf products[kChains] = {};
     int64_t n = start;
-    for (; n + lanes <= stop; n += lanes) {
-      products += load(dy + n) * load(scale + n) * load(h + n);
+    for (; n + kChains * lanes <= stop; n += kChains * lanes) {
+      for (int k = 0; k < kChains; ++k) {
+        const int64_t at = n + k * lanes;
+        products[k] += load(dy + at) * load(scale + at) * load(h + at);
+      }
     }
-    if (n < stop) {
-      const int64_t count = stop - n;
-      products += load_part(dy + n, count) * load_part(scale + n, count) * load_part(h + n, count);
+    for (; n < stop; n += lanes) {
+      const int64_t count = std::min<int64_t>(lanes, stop - n);
+      const vf g = load_part(dy + n, count) * load_part(scale + n, count);
+      products[0] += g * load_part(h + n, count);
     }
-    total += sum(products);
+    total += doubles((products[0] + products[1]) + (products[2] + products[3]));
   }
-  return total;
+  return sum(total);
 }
 
-// dx of one row, and its share of dw.
-template <class D, class H, bool kAdd>
-SWATHE_TARGET static void gradient_pass(const D* dy, const H* h, const H* dh, const float* scale,
-                                        float rstd, float mean, H* dx, float* dw, int64_t N) {
+// dx of kRows rows, and their share of dw: scale and dw are read once for all of them.
+template <class D, class H, bool kAdd, bool kStream, int kRows>
+SWATHE_TARGET static void gradient_pass(const NormBackward& a, int64_t m, const float* mean,
+                                        float* dw) {
+  const D* dy = static_cast<const D*>(a.dy) + m * a.dy_stride;
+  const H* h = static_cast<const H*>(a.h) + m * a.h_stride;
+  const H* dh = kAdd ? static_cast<const H*>(a.dh) + m * a.dh_stride : nullptr;
+  H* dx = static_cast<H*>(a.dx) + m * a.N;
+  const float* rstd = a.rstd + m;
   int64_t n = 0;
-  for (; n + lanes <= N; n += lanes) {
-    const vf d = load(dy + n), xhat = load(h + n) * rstd;
-    vf out = (d * load(scale + n) - xhat * mean) * rstd;
-    if (kAdd) out += load(dh + n);
-    store(dx + n, out);
-    store(dw + n, load(dw + n) + d * xhat);
+  for (; n + lanes <= a.N; n += lanes) {
+    const vf scale = load(a.scale + n);
+    vf share = load(dw + n);
+    for (int k = 0; k < kRows; ++k) {
+      const vf d = load(dy + k * a.dy_stride + n), xhat = load(h + k * a.h_stride + n) * rstd[k];
+      vf out = (d * scale - xhat * mean[k]) * rstd[k];
+      if (kAdd) out += load(dh + k * a.dh_stride + n);
+      store_as<kStream>(dx + k * a.N + n, out);
+      share += d * xhat;
+    }
+    store(dw + n, share);
   }
-  if (n < N) {
-    const int64_t count = N - n;
-    const vf d = load_part(dy + n, count), xhat = load_part(h + n, count) * rstd;
-    vf out = (d * load_part(scale + n, count) - xhat * mean) * rstd;
-    if (kAdd) out += load_part(dh + n, count);
-    store_part(dx + n, out, count);
+  const int64_t count = a.N - n;
+  for (int k = 0; count > 0 && k < kRows; ++k) {
+    const vf d = load_part(dy + k * a.dy_stride + n, count);
+    const vf xhat = load_part(h + k * a.h_stride + n, count) * rstd[k];
+    vf out = (d * load_part(a.scale + n, count) - xhat * mean[k]) * rstd[k];
+    if (kAdd) out += load_part(dh + k * a.dh_stride + n, count);
+    store_part(dx + k * a.N + n, out, count);
     store_part(dw + n, load_part(dw + n, count) + d * xhat, count);
+  }
+}
+
+template <class D, class H, bool kAdd, int kRows>
+SWATHE_TARGET static void backward_group(const NormBackward& a, int64_t m, float* dw) {
+  const D* dy = static_cast<const D*>(a.dy) + m * a.dy_stride;
+  const H* h = static_cast<const H*>(a.h) + m * a.h_stride;
+  float mean[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    const double dot = dot_pass(dy + k * a.dy_stride, h + k * a.h_stride, a.scale, a.N);
+    mean[k] = static_cast<float>(dot / static_cast<double>(a.N) * a.rstd[m + k]);
+  }
+  const H* dx = static_cast<const H*>(a.dx) + m * a.N;
+  if (a.stream && streamable(dx) && streamable(dx + a.N)) {
+    gradient_pass<D, H, kAdd, true, kRows>(a, m, mean, dw);
+  } else {
+    gradient_pass<D, H, kAdd, false, kRows>(a, m, mean, dw);
   }
 }
 
 template <class D, class H, bool kAdd>
 SWATHE_TARGET static void backward_rows(const NormBackward& a, int64_t begin, int64_t end,
                                         float* dw) {
-  const D* dy = static_cast<const D*>(a.dy);
-  const H* h = static_cast<const H*>(a.h);
-  const H* dh = static_cast<const H*>(a.dh);
-  H* dx = static_cast<H*>(a.dx);
-  for (int64_t m = begin; m < end; ++m) {
-    const D* dy_row = dy + m * a.dy_stride;
-    const H* h_row = h + m * a.h_stride;
-    const H* dh_row = kAdd ? dh + m * a.dh_stride : nullptr;
-    const double dot = dot_pass(dy_row, h_row, a.scale, a.N) / static_cast<double>(a.N);
-    const float mean = static_cast<float>(dot * a.rstd[m]);
-    gradient_pass<D, H, kAdd>(dy_row, h_row, dh_row, a.scale, a.rstd[m], mean, dx + m * a.N, dw,
-                              a.N);
-  }
+  int64_t m = begin;
+  for (; m + kGroup <= end; m += kGroup) backward_group<D, H, kAdd, kGroup>(a, m, dw);
+  for (; m < end; ++m) backward_group<D, H, kAdd, 1>(a, m, dw);
+  if (a.stream) streamed();
 }
 
 template <class X, class R, class H, bool kAdd>

@@ -7,6 +7,7 @@
 typedef float vf __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
+typedef double vd __attribute__((vector_size(8 * SWATHE_LANES)));
 
 constexpr int lanes = SWATHE_LANES;
 
@@ -22,13 +23,36 @@ SWATHE_INLINE vu bits_of(vf values) {
   return out;
 }
 
-SWATHE_INLINE vf widen(vh half, bf16) { return floats_of(__builtin_convertvector(half, vu) << 16); }
+// 16 bits to 32 and back; GCC takes twice the instructions for __builtin_convertvector.
+SWATHE_INLINE vu wide_bits(vh half) {
+#if SWATHE_LANES == 16
+  return (vu)_mm512_cvtepu16_epi32((__m256i)half);
+#elif SWATHE_LANES == 8
+  return (vu)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, vu);
+#endif
+}
+
+SWATHE_INLINE vh narrow_bits(vu bits) {
+#if SWATHE_LANES == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
+  return __builtin_convertvector(bits, vh);
+#endif
+}
+
+SWATHE_INLINE vf widen(vh half, bf16) { return floats_of(wide_bits(half) << 16); }
+
+// The bits of `values` rounded to bf16, which then stand in the upper half.
+SWATHE_INLINE vu bf16_bits(vf values) {
+  const vu bits = bits_of(values);
+  const vu rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return values == values ? rounded : (bits | 0x400000);
+}
 
 SWATHE_INLINE vh narrow(vf values, bf16) {
-  const vu bits = bits_of(values);
-  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const vu is_nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
-  return __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), vh);
+  return narrow_bits(bf16_bits(values) >> 16);
 }
 
 SWATHE_INLINE vf widen(vh half, f16) {
@@ -104,13 +128,58 @@ SWATHE_INLINE void store_part(T* p, vf values, int64_t count) {
 // `values` as they are after a store to T and a load.
 SWATHE_INLINE vf rounded(vf values, float) { return values; }
 
-template <class T>
-SWATHE_INLINE vf rounded(vf values, T type) {
-  return widen(narrow(values, type), type);
-}
+SWATHE_INLINE vf rounded(vf values, bf16) { return floats_of(bf16_bits(values) & 0xffff0000); }
 
-SWATHE_INLINE double sum(vf values) {
+SWATHE_INLINE vf rounded(vf values, f16 type) { return widen(narrow(values, type), type); }
+
+SWATHE_INLINE vd doubles(vf values) { return __builtin_convertvector(values, vd); }
+
+SWATHE_INLINE double sum(vd values) {
   double total = 0;
   for (int lane = 0; lane < lanes; ++lane) total += values[lane];
   return total;
+}
+
+// A store past the caches, for outputs that are larger than these: the line is not read first.
+// `p` must be a multiple of the vector's size; call `streamed` before others may read.
+SWATHE_INLINE void stream(float* p, vf values) {
+#if SWATHE_LANES == 16
+  _mm512_stream_ps(p, (__m512)values);
+#elif SWATHE_LANES == 8
+  _mm256_stream_ps(p, (__m256)values);
+#else
+  store(p, values);
+#endif
+}
+
+template <class T>
+SWATHE_INLINE void stream(T* p, vf values) {
+#if SWATHE_LANES == 16
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(values, T{}));
+#elif SWATHE_LANES == 8
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(values, T{}));
+#else
+  store(p, values);
+#endif
+}
+
+SWATHE_INLINE void streamed() {
+#if SWATHE_F16C
+  _mm_sfence();
+#endif
+}
+
+template <bool kStream, class T>
+SWATHE_INLINE void store_as(T* p, vf values) {
+  if (kStream) {
+    stream(p, values);
+  } else {
+    store(p, values);
+  }
+}
+
+// Whether every vector of a row that begins at `p` may be streamed.
+template <class T>
+SWATHE_INLINE bool streamable(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (lanes * sizeof(T)) == 0;
 }
