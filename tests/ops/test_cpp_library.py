@@ -167,3 +167,16 @@ def test_facts_about_the_library() -> None:
     assert cpp.isa() in cpp.ISAS
     assert cpp.why_unavailable() is None
     assert cpp.library().swathe_threaded() in (0, 1)
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda i: cpp.ISAS[i])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_outputs_are_the_same_bits(isa: int, dtype: torch.dtype) -> None:
+    # 2100 rows of 2048 are past the size from which outputs are streamed, ten rows are not
+    x, weight, dy = (torch.randn(*s).to(dtype) for s in ((2100, 2048), (2048,), (2100, 2048)))
+    y, rstd = _cpp.forward(x, weight, 1e-6, 0.0, "llama", isa)
+    dx, _ = _cpp.backward(dy, x, weight, rstd, None, 0.0, isa)
+    some = slice(700, 710)
+    small, rstd = _cpp.forward(x[some], weight, 1e-6, 0.0, "llama", isa)
+    dsmall, _ = _cpp.backward(dy[some], x[some], weight, rstd, None, 0.0, isa)
+    assert torch.equal(y[some], small) and torch.equal(dx[some], dsmall)
