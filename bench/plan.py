@@ -99,7 +99,7 @@ def checks(backend: str, device: str, dry: bool) -> list[Unit]:
 
 def probed_by(columns: int) -> str:
     """Which probe runs the kernels that rows of this length take."""
-    return "rows" if columns <= 8192 else "wide backward" if columns <= 32_768 else "wide"
+    return "rows" if columns <= 8192 else "wide backward" if columns <= 16_384 else "wide"
 
 
 def benchmarks(backend: str, device: str, dry: bool, broken: Sequence[str]) -> list[Unit]:

@@ -62,7 +62,7 @@ class LoadingMixin:
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         subfolder: str = "",
-        progress: bool = False,
+        progress: bool = True,
         **options: Any,
     ) -> Any:
         """The model stored in directory `path`, in eval mode.

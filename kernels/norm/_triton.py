@@ -36,7 +36,7 @@ from swathe.kernels.core.rows import as_rows
 from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_add
 
 # one tile a row up to these lengths; beyond, registers spill (gated in tests/offline)
-ROW_LIMIT_FORWARD = 32_768
+ROW_LIMIT_FORWARD = 16_384
 ROW_LIMIT_BACKWARD = 8_192
 ROW_LIMIT_BACKWARD_ODD = 4_096  # rows that are no multiple of 16 are loaded element by element
 WIDE_BLOCK = 4_096  # columns a tile where a row takes several

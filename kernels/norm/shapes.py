@@ -28,7 +28,7 @@ EDGES = (
     Shape("odd_row_limit", 2, 4095),
     Shape("row_limit", 2, 8192),
     Shape("past_row_limit", 3, 8200),
-    Shape("wide_limit", 1, 32768),
+    Shape("wide_limit", 1, 16384),
     Shape("past_wide_limit", 2, 33001),
     Shape("widest_peer", 1, 65536),
     Shape("wider_than_peers", 1, 100_003),

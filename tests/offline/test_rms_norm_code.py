@@ -14,7 +14,7 @@ from swathe.kernels.norm import _triton as norm
 
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # one row length for each block size that a launcher can choose
-ROWS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768]
+ROWS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384]
 WIDE = [65_536]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from support.tensors import fused_backends
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_allocations() -> Iterator[None]:
@@ -15,3 +17,9 @@ def _poisoned_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=fused_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every fused backend of the norm that runs on the device under test."""
+    return request.param

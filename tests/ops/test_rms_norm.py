@@ -10,29 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from swathe.kernels.core.registry import registered
+from support.tensors import DEVICE, DTYPES, fused_backends, rows
 from swathe.kernels.norm import eager
 from swathe.kernels.norm.api import CASTINGS, rms_norm
 from swathe.kernels.norm.contract import Problem, check_backend
 from swathe.kernels.norm.op import output_dtype
 from swathe.kernels.norm.shapes import EDGES, Shape
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FUSED = [
-    name
-    for name in ("triton", "cpp")
-    if DEVICE in registered("rms_norm")[name].capabilities.devices
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=FUSED)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -201,7 +184,7 @@ def test_any_shape_stays_within_its_roundings(
 ) -> None:
     from swathe.kernels.core.testing import elementwise_miss
 
-    for name in FUSED:
+    for name in fused_backends():
         options = {"device": DEVICE, "residual": residual, "amplitude": amplitude}
         problem = Problem.random(Shape("drawn", M, N), dtype, seed=seed, **options)
         ours, gold, sizes = (

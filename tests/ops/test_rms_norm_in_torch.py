@@ -7,23 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from support.tensors import DEVICE, DTYPES, rows
 from swathe.kernels.core.errors import UnsupportedFeature
-from swathe.kernels.core.registry import registered
 from swathe.kernels.norm import eager
 from swathe.kernels.norm.api import CASTINGS, resolve_rms_norm, rms_norm
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FUSED = [n for n in ("triton", "cpp") if DEVICE in registered("rms_norm")[n].capabilities.devices]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=FUSED)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
 def test_gradcheck_of_the_definition() -> None:
