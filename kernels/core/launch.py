@@ -38,6 +38,8 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._compiled: dict[Hashable, Any] = {}
+        # Triton decides when a kernel is decorated, which is now; not to be asked at every launch
+        self._interpreted = interpreting()
 
     def __call__(
         self,
@@ -54,7 +56,7 @@ class Launcher:
         do_not_specialize, `constants` the constexprs.
         """
         arguments = (*tensors, *specialised, *plain, *constants)
-        key = None if interpreting() else _key(tensors, specialised, plain, constants, num_warps)
+        key = None if self._interpreted else _key(tensors, specialised, plain, constants, num_warps)
         if key is None:
             self.kernel[grid](*arguments, num_warps=num_warps, **_OPTIONS)
             return
