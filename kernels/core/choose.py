@@ -36,9 +36,12 @@ class Chooser:
                     f"chosen for {sorted(asked.devices)}; choose again for this device"
                 )
             return asked.call
-        key = (x.device, x.dtype, asked, int(size), grad, *features)
         if torch.compiler.is_compiling():
+            # a dict's keys are numbers, never symbols: rows may vary in a graph, features do not
+            facts = [next(iter({fact: None})) for fact in (size, *features)]
+            key = (x.device, x.dtype, asked, facts[0], grad, *facts[1:])
             return self._calls[self._name_while_tracing(key)]
+        key = (x.device, x.dtype, asked, int(size), grad, *features)
         choice = self._choices.get(key)
         if choice is None:
             choice = self._choices[key] = self._resolve(key, compiled=False)

@@ -7,9 +7,12 @@ register_fake, the cheapest of torch's ways and the only one that also compiles 
 interprets.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _PLAIN = (Tensor, Parameter)
+_OPERATORS: dict[str, Op] = {}
 
 
 class Op:
@@ -40,6 +44,7 @@ class Op:
         torch.library.impl(full, "CompositeExplicitAutograd", self.launch)
         torch.library.register_fake(full, fake)
         self._handle = getattr(getattr(torch.ops.swathe, name), backend)
+        _OPERATORS[f"{name}.{backend}"] = self
 
     def launch(self, *args: Any) -> Any:
         """Run the kernel on real tensors."""
@@ -51,12 +56,121 @@ class Op:
         return self._handle(*args) if _traced(args) else self.launch(*args)
 
 
+def operator(name: str) -> Op:
+    """The operator "rms_norm_fwd.triton"; graphs can hold its name, but not the object."""
+    return _OPERATORS[name]
+
+
+def apply(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """node.apply(*args), for a node with `setup_context`, without what only torch.func needs.
+
+    torch binds the arguments of such a node through inspect.signature: 18 us a call.
+    """
+    if transformed() or torch.compiler.is_compiling():
+        return node.apply(*args)
+    return _direct(node).apply(*args)
+
+
+@cache
+def _direct(node: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = node.forward(*args)
+            node.setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(node.backward)
+
+    Direct.__name__ = Direct.__qualname__ = node.__name__  # what grad_fn shows
+    return Direct
+
+
+def gradient(name: str, *args: Any) -> Any:
+    """Run operator `name` inside a backward, so that a second derivative raises.
+
+    torch's once_differentiable would let it pass where the incoming gradient carries none itself.
+    """
+    if torch.is_grad_enabled() or transformed():
+        return apply(_FirstDerivative, name, *args)
+    return _OPERATORS[name](*args)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, *args: Any) -> Any:
+        found = _OPERATORS[name](*args)
+        # autograd sees the tensors of a tuple, and none of those in a list
+        return tuple(found) if isinstance(found, list) else found
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], name: str, *args: Any) -> Any:
+        # gradients of each sample, as torch.func.vmap(torch.func.grad(...)) asks for them
+        found = []
+        for index in range(info.batch_size):
+            pairs = zip(args, in_dims[1:], strict=True)
+            own = [
+                a.select(dim, index).contiguous() if isinstance(dim, int) else a for a, dim in pairs
+            ]
+            one = _FirstDerivative.apply(name, *own)
+            found.append(one if isinstance(one, tuple) else (one,))
+        stacked = tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+        return (stacked, (0,) * len(stacked)) if isinstance(one, tuple) else (stacked[0], 0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        op, _, backend = ctx.name.partition(".")
+        raise NotImplementedError(
+            f"{op.removesuffix('_bwd')}: backend {backend!r} provides first derivatives only; use "
+            "implementation='eager' to differentiate twice"
+        )
+
+
 def _traced(args: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in args)
+    found = False
+    for a in args:
+        if isinstance(a, Tensor) and type(a) not in _PLAIN:
+            _refuse_sharded(a)
+            found = True
+    return found
+
+
+def _refuse_sharded(t: Tensor) -> None:
+    if type(t).__name__ == "DTensor":
+        raise TypeError(
+            "a fused backend was given a DTensor; allowed are plain tensors. Pass the local shard "
+            "(x.to_local()) where the op works on each shard alone, as rows of tokens do, or use "
+            "implementation='eager', which follows torch's own sharding rules"
+        )
 
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is active: both must see an autograd node."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiating(*tensors: Tensor | None) -> bool:
+    """Whether a call on these inputs needs an autograd node."""
+    return transformed() or wants_gradient(*tensors)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call on these inputs."""
+    if torch.is_grad_enabled():
+        for t in tensors:  # a loop: any() would make a generator at every call
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def any_batched(in_dims: Any) -> bool:
+    """Whether vmap runs over any of these arguments, of which some may be tuples or lists."""
+    if isinstance(in_dims, tuple | list):
+        return any(any_batched(dim) for dim in in_dims)
+    return in_dims is not None

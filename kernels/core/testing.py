@@ -15,6 +15,7 @@ An op describes itself in its folder's `contract.py`; this file knows no op.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -113,10 +114,10 @@ class Report:
         """The pool of one output, made on first use."""
         return self.pools.setdefault((name, dtype), Pool(name, dtype))
 
-    def settle(self, bound: Bound) -> None:
-        """Hold every pool to `bound` and raise ContractBroken if anything was missed."""
+    def settle(self, bound: Callable[[str], Bound]) -> None:
+        """Hold every pool to `bound(name)` and raise ContractBroken if anything was missed."""
         for pool in self.pools.values():
-            self.misses += pool.misses(bound)
+            self.misses += pool.misses(bound(pool.name))
         if self.misses:
             raise ContractBroken(f"{self.subject}:\n  " + "\n  ".join(self.misses))
 
@@ -135,15 +136,25 @@ class Report:
 
 
 def elementwise_miss(
-    name: str, ours: Tensor, gold: Tensor, magnitude: Tensor, roundings: int = 1
+    name: str,
+    ours: Tensor,
+    gold: Tensor,
+    magnitude: Tensor,
+    roundings: int = 1,
+    share: float | None = None,
 ) -> str | None:
     """The worst element if one is further from gold than its roundings explain, else None.
 
     Allowed is 1.02 u |gold| for each rounding to the output's dtype, and 16 * 2^-24 of `magnitude`
-    (the formula on absolute values) for the fp32 arithmetic before it.
+    (the formula on absolute values) for the fp32 arithmetic before it; or, where what it is made
+    of is rounded as well, a `share` of `magnitude`.
     """
-    unit = 0.0 if ours.dtype == torch.float32 else 1.02 * roundings * UNIT[ours.dtype]
-    allowed = unit * gold.abs() + _ARITHMETIC * 2.0**-24 * magnitude + _SMALLEST[ours.dtype]
+    if share is None:
+        unit = 0.0 if ours.dtype == torch.float32 else 1.02 * roundings * UNIT[ours.dtype]
+        allowed = unit * gold.abs() + _ARITHMETIC * 2.0**-24 * magnitude
+    else:
+        allowed = share * magnitude
+    allowed = allowed + _SMALLEST[ours.dtype]
     # gold beyond the dtype's range must round to infinity of the same sign
     over = gold.abs() > torch.finfo(ours.dtype).max
     infinite = over & (ours.double() == gold.to(ours.dtype).double())
