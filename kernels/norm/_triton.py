@@ -23,32 +23,18 @@ Source   Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from swathe.kernels.core.device import guard, multiprocessors
-from swathe.kernels.core.launch import Launcher
+from swathe.kernels.core.launch import Launcher, cdiv
+from swathe.kernels.core.partials import sum_partials
+from swathe.kernels.core.row_blocks import ROW_LIMIT_FORWARD, row_blocks, whole_rows_backward
 from swathe.kernels.core.rows import as_rows
+from swathe.kernels.core.tune import Blocks, Tunable, around
 from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_add
-
-# one tile a row up to these lengths; beyond, registers spill (gated in tests/offline)
-ROW_LIMIT_FORWARD = 16_384
-ROW_LIMIT_BACKWARD = 8_192
-ROW_LIMIT_BACKWARD_ODD = 4_096  # rows that are no multiple of 16 are loaded element by element
-WIDE_BLOCK = 4_096  # columns a tile where a row takes several
-ELEMENTS_A_THREAD = 16  # two 16-byte loads of bf16 in flight for each thread and tensor
-
-
-class Blocks(NamedTuple):
-    """Rows and columns of a tile, and the warps that work on it."""
-
-    rows: int
-    columns: int
-    warps: int
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -195,52 +181,35 @@ def _backward_columns(
     tl.store(partial_ptr + tl.cast(p, tl.int64) * N + n, dw, live)
 
 
-@triton.jit(do_not_specialize=["P"])
-def _sum_partials(
-    partial_ptr, dw_ptr, N, P, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """dw = sum_p partial[p], always in the same order."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    for start in range(0, P, BLOCK_P):
-        p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
-        live = (p < P)[:, None] & (n < N)[None, :]
-        total += tl.load(partial_ptr + p[:, None] * N + n[None, :], live, other=0.0)
-    tl.store(dw_ptr + n, tl.sum(total, 0).to(dw_ptr.dtype.element_ty), n < N)
-
-
 _forward_rows_at = Launcher(_forward_rows)
 _forward_wide_at = Launcher(_forward_wide)
 _backward_rows_at = Launcher(_backward_rows)
 _backward_dots_at = Launcher(_backward_dots)
 _backward_columns_at = Launcher(_backward_columns)
-_sum_partials_at = Launcher(_sum_partials)
 
 
 def forward_blocks(N: int) -> Blocks:
     """Tile of the forward for rows of N features; it may not depend on the number of rows."""
-    if N > ROW_LIMIT_FORWARD:
-        return Blocks(1, WIDE_BLOCK, WIDE_BLOCK // (32 * ELEMENTS_A_THREAD))
-    return _row_blocks(N)
-
-
-def whole_rows_backward(N: int) -> bool:
-    """Whether the backward holds a whole row of N features in one tile."""
-    limit = ROW_LIMIT_BACKWARD if N % 16 == 0 else ROW_LIMIT_BACKWARD_ODD
-    return limit >= N
+    return row_blocks(N, N <= ROW_LIMIT_FORWARD)
 
 
 def backward_blocks(N: int) -> Blocks:
     """Tile of the backward for rows of N features."""
-    if not whole_rows_backward(N):
-        return Blocks(1, WIDE_BLOCK, WIDE_BLOCK // (32 * ELEMENTS_A_THREAD))
-    return _row_blocks(N)
+    return row_blocks(N, whole_rows_backward(N))
 
 
-def _row_blocks(N: int) -> Blocks:
-    columns = triton.next_power_of_2(N)
-    rows = max(1, 2048 // columns)
-    return Blocks(rows, columns, min(rows * columns // (32 * ELEMENTS_A_THREAD), 32))
+FORWARD = Tunable(
+    "rms_norm",
+    "forward",
+    forward_blocks,
+    lambda N: around(forward_blocks(N), taller=N <= ROW_LIMIT_FORWARD),
+)
+BACKWARD = Tunable(
+    "rms_norm",
+    "backward",
+    backward_blocks,
+    lambda N: around(backward_blocks(N), taller=whole_rows_backward(N)),
+)
 
 
 def forward(
@@ -279,10 +248,10 @@ def _launch_forward(
     weight = weight.contiguous()
     r, r_stride = (x, x_stride) if residual is None else as_rows(residual)
     launcher = _forward_rows_at if N <= ROW_LIMIT_FORWARD else _forward_wide_at
-    block_m, block_n, warps = forward_blocks(N)
+    block_m, block_n, warps = FORWARD(N, x)
     with guard(x):
         launcher(
-            (triton.cdiv(M, block_m), 1, 1),
+            (cdiv(M, block_m), 1, 1),
             (x, r, weight, y, h, rstd),
             (x_stride, r_stride, N),
             (M, float(eps), float(offset)),
@@ -305,11 +274,11 @@ def backward(
     d, d_stride = (dy, dy_stride) if dh is None else as_rows(dh)
     tensors = (dy, h, weight, rstd, d, dx)
     strides = (dy_stride, h_stride, d_stride, N)
-    block_m, block_n, warps = backward_blocks(N)
+    block_m, block_n, warps = BACKWARD(N, h)
     with guard(h):
         if whole_rows_backward(N):
             # as many programs as fit on the device at once, so that none starts late
-            P = min(triton.cdiv(M, block_m), multiprocessors(h.device) * max(1, 16 // warps))
+            P = min(cdiv(M, block_m), multiprocessors(h.device) * max(1, 16 // warps))
             partial = torch.empty(P, N, dtype=torch.float32, device=h.device)
             _backward_rows_at(
                 (P, 1, 1),
@@ -321,9 +290,7 @@ def backward(
             )
         else:
             partial = _backward_wide(tensors, strides, M, offset, dh is not None)
-        _sum_partials_at(
-            (triton.cdiv(N, 64), 1, 1), (partial, dw), (N,), (partial.shape[0],), (32, 64), 4
-        )
+        sum_partials(partial, dw)
     return dx, dw
 
 
@@ -332,7 +299,7 @@ def _backward_wide(
 ) -> Tensor:
     dy, h, weight, rstd, _, _ = tensors
     dy_stride, h_stride, _, N = strides
-    _, block_n, warps = backward_blocks(N)
+    _, block_n, warps = BACKWARD(N, h)
     dot = torch.empty_like(rstd)
     _backward_dots_at(
         (M, 1, 1),
@@ -342,8 +309,8 @@ def _backward_wide(
         (block_n,),
         warps,
     )
-    columns = triton.cdiv(N, block_n)
-    P = min(M, triton.cdiv(4 * multiprocessors(h.device), columns))
+    columns = cdiv(N, block_n)
+    P = min(M, cdiv(4 * multiprocessors(h.device), columns))
     partial = torch.empty(P, N, dtype=torch.float32, device=h.device)
     _backward_columns_at(
         (columns, P, 1),

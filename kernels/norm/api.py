@@ -6,14 +6,13 @@ from collections.abc import Hashable
 from importlib import import_module
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
+from swathe.kernels.core.backends import eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.cpp import why_unavailable
-from swathe.kernels.core.device import interpreting
 from swathe.kernels.core.errors import did_you_mean
-from swathe.kernels.core.launch import why_no_triton
+from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
     AUTO,
     Backend,
@@ -80,7 +79,7 @@ def rms_norm(
     Second derivatives and forward-mode AD of fused backends raise.
     """
     _validate(x, weight, eps, casting, residual)
-    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    grad = wants_gradient(x, weight, residual)
     added = residual is not None
     facts = (x.shape[-1], grad, weight.dtype, offset != 0, casting, added)
     call = _chooser.call_for(x, implementation, *facts)
@@ -149,16 +148,7 @@ _FUSED: dict[str, frozenset[Hashable] | str] = {
 }
 
 register_backend(
-    Backend(
-        OP,
-        "eager",
-        load=lambda: import_module("swathe.kernels.norm.eager").rms_norm,
-        capabilities=Capabilities(
-            devices=frozenset({"cpu", "cuda", "meta"}),
-            dtypes=FLOATS_AND_DOUBLE,
-            features={**_FUSED, "weight_dtype": ANY},
-        ),
-    )
+    eager_backend(OP, "swathe.kernels.norm.eager.rms_norm", {**_FUSED, "weight_dtype": ANY})
 )
 register_backend(
     Backend(
@@ -185,20 +175,7 @@ register_backend(
         missing=why_unavailable,
     )
 )
-register_backend(
-    Backend(
-        OP,
-        "triton",
-        load=lambda: fused("triton", "swathe.kernels.norm._triton"),
-        capabilities=Capabilities(
-            devices=frozenset({"cuda", "cpu"} if interpreting() else {"cuda"}),
-            dtypes=FLOATS,
-            features=_FUSED,
-            min_arch=80,
-        ),
-        missing=why_no_triton,
-    )
-)
+register_backend(triton_backend(OP, lambda: fused("triton", "swathe.kernels.norm._triton"), _FUSED))
 set_preference(
     OP,
     [

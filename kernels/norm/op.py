@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.op import Op, transformed
+from swathe.kernels.core.op import Op, apply, differentiating, gradient, operator
+from swathe.kernels.core.rows import unit_rows
 
-_OPS: dict[str, tuple[Op, Op, Op]] = {}
+_defined: set[str] = set()
 
 
 def output_dtype(h: torch.dtype, weight: torch.dtype, casting: str) -> torch.dtype:
@@ -58,52 +59,20 @@ def empty_backward(
 
 def fused(backend: str, module: str) -> Callable[..., Any]:
     """A differentiable rms_norm over the launchers of `module`, named `backend` in traces."""
-    if backend not in _OPS:
-        _OPS[backend] = (
-            Op(
-                "rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, str casting)"
-                " -> (Tensor y, Tensor rstd)",
-                backend,
-                module,
-                "forward",
-                empty_forward,
-            ),
-            Op(
-                "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps,"
-                " float offset, str casting) -> (Tensor y, Tensor h, Tensor rstd)",
-                backend,
-                module,
-                "forward_add",
-                empty_forward_add,
-            ),
-            Op(
-                "rms_norm_bwd(Tensor dy, Tensor h, Tensor weight, Tensor rstd, Tensor? dh,"
-                " float offset) -> (Tensor dx, Tensor dw)",
-                backend,
-                module,
-                "backward",
-                empty_backward,
-            ),
-        )
-    forward, forward_add, _ = _OPS[backend]
+    _define(backend, module)
+    forward = operator(f"rms_norm_fwd.{backend}")
+    forward_add = operator(f"add_rms_norm_fwd.{backend}")
 
     def rms_norm(
         x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, residual: Tensor | None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        differentiate = transformed() or (
-            torch.is_grad_enabled()
-            and (
-                x.requires_grad
-                or weight.requires_grad
-                or (residual is not None and residual.requires_grad)
-            )
-        )
+        differentiate = differentiating(x, weight, residual)
         if residual is None:
             if differentiate:
-                return _RMSNorm.apply(x, weight, eps, offset, casting, backend)[0]
+                return apply(_RMSNorm, x, weight, eps, offset, casting, backend)[0]
             return forward(x, weight, eps, offset, casting)[0]
         if differentiate:
-            y, h, _ = _AddRMSNorm.apply(x, residual, weight, eps, offset, casting, backend)
+            y, h, _ = apply(_AddRMSNorm, x, residual, weight, eps, offset, casting, backend)
         else:
             y, h, _ = forward_add(x, residual, weight, eps, offset, casting)
         return y, h
@@ -111,53 +80,46 @@ def fused(backend: str, module: str) -> Callable[..., Any]:
     return rms_norm
 
 
+def _define(backend: str, module: str) -> None:
+    if backend in _defined:
+        return
+    _defined.add(backend)
+    Op(
+        "rms_norm_fwd(Tensor x, Tensor weight, float eps, float offset, str casting)"
+        " -> (Tensor y, Tensor rstd)",
+        backend,
+        module,
+        "forward",
+        empty_forward,
+    )
+    Op(
+        "add_rms_norm_fwd(Tensor x, Tensor residual, Tensor weight, float eps,"
+        " float offset, str casting) -> (Tensor y, Tensor h, Tensor rstd)",
+        backend,
+        module,
+        "forward_add",
+        empty_forward_add,
+    )
+    Op(
+        "rms_norm_bwd(Tensor dy, Tensor h, Tensor weight, Tensor rstd, Tensor? dh,"
+        " float offset) -> (Tensor dx, Tensor dw)",
+        backend,
+        module,
+        "backward",
+        empty_backward,
+    )
+
+
 def _differentiate(
     ctx: Any, dy: Tensor | None, dh: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     h, weight, rstd = ctx.saved_tensors
     if dy is None:
-        # y took no part in the loss, so only the residual stream carries a gradient
-        return dh, torch.zeros_like(weight) if ctx.needs_weight else None
-    arguments = (_unit_rows(dy), h, weight, rstd, dh, ctx.offset)
-    if torch.is_grad_enabled() or transformed():
-        dx, dw = _Gradient.apply(*arguments, ctx.backend)
-    else:
-        dx, dw = _OPS[ctx.backend][2](*arguments)
+        # y took no part in the loss: only the residual stream carries a gradient, as in eager mode
+        return dh, None
+    backward = f"rms_norm_bwd.{ctx.backend}"
+    dx, dw = gradient(backward, unit_rows(dy), h, weight, rstd, dh, ctx.offset)
     return dx, dw if ctx.needs_weight else None
-
-
-def _unit_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-class _Gradient(torch.autograd.Function):
-    """The backward as a node of its own, so that a second derivative raises and is never dropped.
-
-    torch's once_differentiable would let it pass where dy itself carries no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        dy: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        rstd: Tensor,
-        dh: Tensor | None,
-        offset: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return _OPS[backend][2](dy, h, weight, rstd, dh, offset)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.backend = inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError(
-            f"rms_norm: backend {ctx.backend!r} provides first derivatives only; use "
-            "implementation='eager' to differentiate twice"
-        )
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -165,7 +127,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, backend: str
     ) -> tuple[Tensor, Tensor]:
-        return _OPS[backend][0](x, weight, eps, offset, casting)
+        return operator(f"rms_norm_fwd.{backend}")(x, weight, eps, offset, casting)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -198,7 +160,8 @@ class _AddRMSNorm(torch.autograd.Function):
         casting: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _OPS[backend][1](x, residual, weight, eps, offset, casting)
+        launch = operator(f"add_rms_norm_fwd.{backend}")
+        return launch(x, residual, weight, eps, offset, casting)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,7 +177,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        d, dw = _differentiate(ctx, dy, None if dh is None else _unit_rows(dh))
+        d, dw = _differentiate(ctx, dy, None if dh is None else unit_rows(dh))
         dx, dresidual = (None if d is None else d.to(dtype) for dtype in ctx.dtypes)
         return dx, dresidual, dw, None, None, None, None
 
