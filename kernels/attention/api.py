@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from swathe.kernels.attention.eager import attention_with_weights
 from swathe.kernels.attention.mask import Mask
+from swathe.kernels.attention.op import fused
+from swathe.kernels.attention.spec import FEATURES, AttentionSpec
+from swathe.kernels.attention.validation import describe, placed, validate, validate_scores
+from swathe.kernels.core.backends import triton_backend
 from swathe.kernels.core.choose import Chooser
+from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
     AUTO,
     Backend,
@@ -19,9 +26,10 @@ from swathe.kernels.core.registry import (
     register_backend,
     set_preference,
 )
-from swathe.kernels.core.spec import ANY, FLOATS_AND_DOUBLE, Capabilities
+from swathe.kernels.core.spec import ANY, FLOATS_AND_DOUBLE, Capabilities, Spec
 
 __all__ = [
+    "AttentionSpec",
     "Mask",
     "attention",
     "attention_with_weights",
@@ -31,9 +39,47 @@ __all__ = [
 
 OP = "attention"
 
-_chooser = Chooser(OP, "grouped", "dropout", "weights")
+_chooser = Chooser(OP, "grouped", "dropout", "weights", "alibi_gradient", *FEATURES)
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    dropout: float = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = ...,
+    seq_lens: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str | Choice = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | Tensor | None = ...,
+    *,
+    scale: float | None = ...,
+    causal: bool = ...,
+    dropout: float = ...,
+    softcap: float | None = ...,
+    alibi: Tensor | None = ...,
+    sinks: Tensor | None = ...,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = ...,
+    seq_lens: Tensor | None = ...,
+    block_table: Tensor | None = ...,
+    return_lse: Literal[True],
+    implementation: str | Choice = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -43,8 +89,15 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    alibi: Tensor | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    seq_lens: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
     implementation: str | Choice = AUTO,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of T queries over S keys, each key and value head shared by H/K heads.
 
     Shapes: q (B, H, T, D), k (B, K, S, D), v (B, K, S, E), with any strides; o (B, T, H, E), so
@@ -53,6 +106,14 @@ def attention(
     `mask` is a Mask, a boolean tensor (True: visible) or a floating-point one (added to the
     scores), broadcastable to (B, H, T, S); `causal` hides later keys on top of it, the last query
     aligned with the last key. `scale` defaults to 1/sqrt(D). `dropout` applies whenever it is > 0.
+    `softcap` (Gemma2), `alibi` slopes (H,) or (B, H), and `sinks` (H,) (gpt-oss) change the scores
+    as spec.py says; with `return_lse` the result is (o, lse), lse (B, H, T) in fp32.
+    Packed documents: B = 1 and `cu_seqlens`, int (documents + 1,), their borders in the row; a pair
+    gives queries and keys borders of their own.
+    Caches: `seq_lens`, int (B,) on the device, says how many of the S keys each sequence holds; its
+    T queries are the last of them. With `block_table`, int (B, pages), k is (P, K, page, D) and v
+    (P, K, page, E), and S = pages * page. Keys past seq_lens and pages past the last one used may
+    hold anything. Values in tables and lengths are looked at under `swathe.debug()` only.
     Rounding: "eager" as HF's Llama; "sdpa" as torch's kernels. Rows that see no key give 0. Under
     autocast q, k and v are first rounded to its dtype, as torch's own attention does.
 
@@ -61,13 +122,20 @@ def attention(
     """
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    _validate(q, k, v, dropout)
-    described = _describe(mask, causal, q, k)
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    grouped = q.shape[1] > k.shape[1]
-    call = _chooser.call_for(q, implementation, q.shape[-1], grad, grouped, dropout > 0, False)
+    validate(q, k, v, dropout, block_table)
+    validate_scores(q, softcap, alibi, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return call(q, k, v, described, scale, dropout)
+    S = k.shape[2] * (1 if block_table is None else block_table.shape[1])
+    described = describe(mask, causal, q, S)
+    if cu_seqlens is not None or seq_lens is not None or block_table is not None:
+        described = placed(described, q, k, S, cu_seqlens, seq_lens, block_table)
+    spec = AttentionSpec(described, scale, dropout, softcap, alibi, sinks, return_lse, block_table)
+    grad = wants_gradient(q, k, v, sinks, described.bias)
+    learned = wants_gradient(alibi)
+    asked = (q.shape[1] > k.shape[1], dropout > 0, False, learned, *spec.features)
+    size = max(q.shape[-1], v.shape[-1])
+    call = _chooser.call_for(q, implementation, size, grad or learned, *asked)
+    return call(q, k, v, spec)
 
 
 def resolve_attention(
@@ -78,107 +146,47 @@ def resolve_attention(
     groups: int = 1,
     dropout: bool = False,
     weights: bool = False,
+    softcap: bool = False,
+    alibi: bool = False,
+    sinks: bool = False,
+    lse: bool = False,
+    paged: bool = False,
     grad: bool = True,
 ) -> Choice:
     """Choose a backend once, for calls with tensors of the device and dtype of `x` (meta will do).
 
-    `groups` is H/K, `weights` asks for a backend that can also return the attention weights.
+    `groups` is H/K, `weights` asks for a backend that can also return the attention weights, the
+    others for what calls will be given.
     Raises as `attention` does for a backend that is unknown, unavailable or cannot serve.
     """
-    return _chooser.choose(x, implementation, head_dim, grad, groups > 1, dropout, weights)
+    asked = (groups > 1, dropout, weights, False, softcap, alibi, sinks, lse, paged)
+    return _chooser.choose(x, implementation, head_dim, grad, *asked)
 
 
 def register_attention(
     name: str,
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | tuple[Tensor, Tensor]],
     capabilities: Capabilities,
     *,
     replace_existing: bool = False,
 ) -> None:
-    """Add a backend `function(q, k, v, mask, scale, dropout) -> o (B, T, H, E)`.
+    """Add a backend `function(q, k, v, spec) -> o (B, T, H, E)`, or (o, lse) where spec.lse.
 
-    It receives the whole `Mask` and so cannot lose padding; what it does not name in
-    `capabilities.features` ("grouped", "dropout", "weights") is never asked of it.
+    It receives the whole AttentionSpec and so cannot lose padding; what it does not name in
+    `capabilities.features` ("grouped", "dropout", "weights", "alibi_gradient" for slopes that
+    learn, "softcap", "alibi", "sinks", "lse", "paged") is never asked of it.
     """
     backend = Backend(OP, name, load=lambda: function, capabilities=capabilities)
     register_backend(backend, replace=replace_existing)
 
 
-def _describe(mask: Mask | Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Mask:
-    if mask is None:
-        return Mask(causal=causal, rows_may_be_empty=causal and q.shape[2] > k.shape[2])
-    if isinstance(mask, Tensor):
-        if mask.dim() <= 4:
-            mask = mask.expand(*[1] * (4 - mask.dim()), *mask.shape)
-        if mask.dtype == torch.bool:
-            mask = Mask(allowed=mask)
-        elif mask.is_floating_point():
-            mask = Mask(bias=mask)
-        else:
-            raise TypeError(
-                f"attention: mask is {mask.dtype}; it must be bool (True: visible) or floating "
-                "point (added to the scores). Use mask.bool() for a mask of 0 and 1"
-            )
-    if not mask.trivial:
-        _check_parts(mask, q, k.shape[2])
-    return mask.with_causal() if causal else mask
-
-
-def _check_parts(mask: Mask, q: Tensor, S: int) -> None:
-    B, H, T, _ = q.shape
-    rows, full = ((B,), (B, T)), ((B, H, T, S),)
-    for name, part, shapes in (
-        ("start", mask.start, rows),
-        ("end", mask.end, rows),
-        ("keys", mask.keys, ((B, S),)),
-        ("allowed", mask.allowed, full),
-        ("bias", mask.bias, full),
-    ):
-        if part is not None and (
-            part.device != q.device or not any(_broadcasts(part.shape, s) for s in shapes)
-        ):
-            raise ValueError(
-                f"attention: mask ({name}) is {tuple(part.shape)} on {part.device}; it must "
-                f"broadcast to {' or '.join(map(str, shapes))} on {q.device}, from q (B, H, T, D) "
-                f"= {tuple(q.shape)} and {S} keys"
-            )
-
-
-def _broadcasts(shape: torch.Size, to: tuple[int, ...]) -> bool:
-    return len(shape) == len(to) and all(
-        have in (1, want) for have, want in zip(shape, to, strict=True)
-    )
-
-
-def _validate(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> None:
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(
-            f"attention: q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)};"
-            " each needs four dimensions (batch, heads, tokens, head size)"
-        )
-    B, H, _, D = q.shape
-    K = k.shape[1]
-    if k.shape[0] != B or k.shape[3] != D or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"attention: q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; needs q "
-            "(B, H, T, D), k (B, K, S, D), v (B, K, S, E) with equal B, D, K and S"
-        )
-    if K == 0 or H % K:
-        raise ValueError(
-            f"attention: q has {H} heads and k has {K}; the number of query heads must be a "
-            "multiple of the number of key and value heads"
-        )
-    if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point:
-        raise TypeError(
-            f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; all three must have one "
-            "floating-point dtype"
-        )
-    if not (q.device == k.device == v.device):
-        raise ValueError(
-            f"attention: q is on {q.device}, k on {k.device}, v on {v.device}; move them together"
-        )
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"attention: dropout={dropout}; it must be at least 0 and below 1")
+def _limits_of_pages(spec: Spec) -> list[str]:
+    """Caches in pages are read by a kernel for inference."""
+    if ("paged", True) not in spec.features:
+        return []
+    reasons = ["a cache in pages (block_table) has no gradient; call it under torch.no_grad()"]
+    dropped = ["a cache in pages (block_table) has no dropout"]
+    return (reasons if spec.grad else []) + (dropped if ("dropout", True) in spec.features else [])
 
 
 def _backend(name: str, features: tuple[str, ...]) -> Backend:
@@ -197,6 +205,13 @@ def _backend(name: str, features: tuple[str, ...]) -> Backend:
     )
 
 
-register_backend(_backend("eager", ("grouped", "dropout", "weights")))
-register_backend(_backend("sdpa", ("grouped", "dropout")))
+register_backend(_backend("eager", ("grouped", "dropout", "weights", "alibi_gradient", *FEATURES)))
+register_backend(_backend("sdpa", ("grouped", "dropout", "alibi_gradient")))
+_triton = triton_backend(
+    OP,
+    lambda: fused("triton", "swathe.kernels.attention._triton"),
+    dict.fromkeys(("grouped", "dropout", *FEATURES), ANY),
+    max_size=256,
+)
+register_backend(replace(_triton, limits=_limits_of_pages))
 set_preference(OP, [Prefer(("sdpa", "eager"))])

@@ -10,24 +10,24 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from swathe.kernels.attention.mask import Mask
+from swathe.kernels.attention.spec import AttentionSpec
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """o (B, T, H, E), a view of torch's result."""
-    T, S = q.shape[2], k.shape[2]
+    T, S, mask = q.shape[2], k.shape[2], spec.mask
     grouped = q.shape[1] != k.shape[1]
     if mask.trivial and (not mask.causal or T == 1 or T == S):
         causal = mask.causal and T > 1
         o = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+            q, k, v, dropout_p=spec.dropout, is_causal=causal, scale=spec.scale, enable_gqa=grouped
         )
         return o.transpose(1, 2)
     dense = mask.dense(T, S, q.device)
     if dense.is_floating_point():
         dense = dense.to(q.dtype)
     o = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=dense, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        q, k, v, attn_mask=dense, dropout_p=spec.dropout, scale=spec.scale, enable_gqa=grouped
     )
     empty = mask.empty_rows(T, S, q.device)
     return (o if empty is None else o.masked_fill(empty, 0.0)).transpose(1, 2)
