@@ -25,6 +25,7 @@ _HOME = {
     "PreTrainedModel": "model",
     "PretrainedConfig": "config",
     "UninitializedParameter": "errors",
+    "StaticCache": "cache",
     "register_model": "auto",
     "register_rope": "rope",
 }

@@ -1,7 +1,11 @@
 """Keys and values of the tokens seen so far, under HF's method names.
 
-Every layer holds one buffer (B, K, capacity, D) for keys and one for values. A buffer that is full
-doubles, so n single-token updates copy O(n) elements, where concatenating would copy O(n^2).
+Every layer holds one buffer (B, K, capacity, D) for keys and one for values.
+
+DynamicCache   a buffer that is full doubles, so n single-token updates copy O(n) elements, where
+               concatenating would copy O(n^2). All sequences are as long, padding included.
+StaticCache    the capacity is fixed, every sequence has a length of its own, on the device, and
+               padding is not kept: no host synchronisation, and a captured graph serves any length.
 """
 
 from __future__ import annotations
@@ -10,6 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from swathe.kernels.attention.api import Mask
+from swathe.modeling.config import PreTrainedConfig
+from swathe.modeling.masks import opaque
 
 FIRST_CAPACITY = 64
 
@@ -140,3 +148,131 @@ def _check_fits(held: Tensor, k: Tensor, layer_idx: int) -> None:
             f"DynamicCache: layer {layer_idx} holds (batch, heads, head size, dtype, device) = "
             f"{want}, and was given {have}; use a new cache, or batch_select_indices to fit rows"
         )
+
+
+class StaticCache:
+    """A cache of fixed capacity; pass it as `past_key_values` under torch.no_grad().
+
+    Each forward writes a row's real tokens behind those that it holds, wherever padding stood, so
+    prompts may be padded on either side. Buffers are made by the first forward and stay where they
+    are. What a graph replays is not counted: a row that is full then drops its tokens.
+    """
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int) -> None:
+        if max_cache_len < 1:
+            raise ValueError(f"StaticCache: max_cache_len={max_cache_len}; it must be 1 or more")
+        self.max_cache_len = max_cache_len
+        self.lengths: Tensor | None = None  # (B,) int64: tokens that each sequence holds
+        layers: int = config.num_hidden_layers  # type: ignore[attr-defined]
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._slots: Tensor | None = None
+        self._given = self._most = 0  # tokens passed, padding included; the longest at most
+
+    def advance(self, hidden: Tensor, attention_mask: Tensor | Mask | None) -> tuple[Mask, Tensor]:
+        """Make room for the new tokens of `hidden` (B, T, ...): their Mask and positions (B, T).
+
+        `attention_mask` (B, T), or (B, all tokens passed so far), is 0 on padding. Raises
+        ValueError where it does not fit, and for more tokens than the cache holds.
+        """
+        B, T = hidden.shape[:2]
+        lengths = hidden.new_zeros(B, dtype=torch.long) if self.lengths is None else self.lengths
+        if lengths.shape[0] != B:
+            raise ValueError(f"StaticCache: it holds {lengths.shape[0]} sequences, and {B} come")
+        real = self._real(attention_mask, B, T)
+        if real is None:
+            places, longer = lengths[:, None] + torch.arange(T, device=hidden.device), lengths + T
+        else:
+            places, longer = lengths[:, None] + real.cumsum(1) - 1, lengths + real.sum(1)
+        self._count(T, longer)
+        lost = places >= self.max_cache_len
+        # a row behind the last one takes what is not kept
+        self._slots = places.masked_fill(lost if real is None else lost | ~real, self.max_cache_len)
+        self.lengths = lengths.copy_(longer)
+        mask = Mask(causal=True, places=places, rows_may_be_empty=real is not None)
+        return mask, places.clamp(min=0)
+
+    def _real(self, mask: Tensor | Mask | None, B: int, T: int) -> Tensor | None:
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.shape not in ((B, T), (B, self._given + T)):
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask is {shape}; a StaticCache keeps no padding and needs ({B}, {T}), "
+                f"or ({B}, {self._given + T}) with the tokens passed before, 1 on real tokens"
+            )
+        return mask[:, -T:] != 0
+
+    def _count(self, T: int, longer: Tensor) -> None:
+        if opaque(longer):
+            return
+        most = self._most + T
+        if most > self.max_cache_len:
+            most = int(longer.max())  # padding was counted too
+        if most > self.max_cache_len:
+            raise ValueError(
+                f"StaticCache: a sequence would hold {most} tokens, but max_cache_len is "
+                f"{self.max_cache_len}; make it longer, or crop"
+            )
+        self._most, self._given = most, self._given + T
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, D) where `advance` said; returns the whole buffers of the layer.
+
+        Raises ValueError without such a call, and where a gradient is wanted.
+        """
+        if self._slots is None or k.shape[2] != self._slots.shape[1]:
+            raise ValueError(f"StaticCache: {k.shape[2]} tokens come; call advance for them first")
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ValueError(
+                "StaticCache passes no gradient; use torch.no_grad(), or a DynamicCache to learn"
+            )
+        pair = self._buffers[layer_idx]
+        if pair is None:
+            B, K, _, D = k.shape
+            room = (B, K, self.max_cache_len + 1)
+            # zeros: backends that weigh every key multiply what is not filled yet by 0
+            pair = k.new_zeros(*room, D), v.new_zeros(*room, v.shape[3])
+            self._buffers[layer_idx] = pair
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        for buffer, new in zip(pair, (k, v), strict=True):
+            buffer.transpose(1, 2)[rows, self._slots] = new.transpose(1, 2)
+        keys, values = (buffer[:, :, : self.max_cache_len] for buffer in pair)
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest sequence; waits for the device. `lengths` has all, without."""
+        return 0 if self.lengths is None else int(self.lengths.max())
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The capacity."""
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(keys a query will be given, position of the first of them)."""
+        return self.max_cache_len, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop tokens from each sequence's end: `crop(-n)` drops n, as in transformers 5."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"StaticCache.crop: tokens_to_remove={tokens_to_remove}; pass a negative number"
+            )
+        if self.lengths is not None:
+            self.lengths.add_(tokens_to_remove).clamp_(min=0)
+            self._most = max(0, self._most + tokens_to_remove)
+            self._given = max(0, self._given + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget every token; the buffers stay."""
+        self._given = self._most = 0
+        if self.lengths is not None:
+            self.lengths.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`, in place."""
+        if self.lengths is not None:
+            for t in (self.lengths, *(t for pair in self._buffers if pair for t in pair)):
+                t.copy_(t.index_select(0, beam_idx.to(t.device)))

@@ -2,7 +2,7 @@
 
 Three rules. A wrong name, type or range raises when the configuration is made. config.json comes
 in and goes out as HF writes it; keys of a file that no field knows are kept in `extra`. How a model
-runs (`attn_implementation`, `norm_implementation`, `kernels`) is never read from or written to a
+runs (`attn_implementation` and its like, `kernels`) is never read from or written to a
 file.
 """
 
@@ -28,7 +28,14 @@ from swathe.modeling.strict_json import dumps, read_object, write_text
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
-RUNTIME = ("attn_implementation", "norm_implementation", "kernels")
+RUNTIME = (
+    "attn_implementation",
+    "norm_implementation",
+    "rope_implementation",
+    "mlp_implementation",
+    "loss_implementation",
+    "kernels",
+)
 ALIASES = {"torch_dtype": "dtype", "rope_scaling": "rope_parameters"}
 _BASE_ONLY_WHEN_SET = ("chunk_size_feed_forward", "is_encoder_decoder", "problem_type")
 _DERIVED: Any = type("derived", (), {"__repr__": lambda self: "derived"})()
@@ -77,6 +84,9 @@ class PreTrainedConfig(metaclass=_ConfigType):
     transformers_version: str | None = None
     attn_implementation: str | None = None
     norm_implementation: str | None = None
+    rope_implementation: str | None = None
+    mlp_implementation: str | None = None
+    loss_implementation: str | None = None
     kernels: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -205,12 +215,15 @@ class PreTrainedConfig(metaclass=_ConfigType):
         }
         return type(self)(**self._changed(kept, changes))
 
-    def running(self, attn: str | None, norm: str | None, kernels: Any) -> Self:
-        """A copy that runs on the given backends; None keeps a choice, unless `kernels` is new."""
-        given = {"attn_implementation": attn, "norm_implementation": norm, "kernels": kernels}
-        if kernels is None:
-            given = {k: v for k, v in given.items() if v is not None}
-        return self.replace(**given)
+    def running(self, kernels: Any = None, **implementations: str | None) -> Self:
+        """A copy that runs on the given backends; None keeps a choice, unless `kernels` is new.
+
+        `implementations` are fields named *_implementation.
+        """
+        changes: dict[str, Any] = {k: v for k, v in implementations.items() if v is not None}
+        if kernels is not None:
+            changes = {**dict.fromkeys(implementations), **changes, "kernels": kernels}
+        return self.replace(**changes)
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.to_dict() == other.to_dict()  # type: ignore[attr-defined]

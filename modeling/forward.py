@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from swathe.modeling.cache import DynamicCache
+from swathe.kernels.attention.api import Mask
+from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.masks import causal_mask
 from swathe.modeling.model import PreTrainedModel
+from swathe.modeling.packing import (
+    Packing,
+    mask_of_borders,
+    mask_of_positions,
+    positions_in,
+)
 
 
 def wants(model: PreTrainedModel, name: str, given: bool | None) -> bool:
@@ -47,16 +55,17 @@ def checked_embeddings(
 
 
 def check_cache(
-    model: PreTrainedModel, cache: DynamicCache | None, use_cache: bool | None
-) -> DynamicCache | None:
+    model: PreTrainedModel, cache: DynamicCache | StaticCache | None, use_cache: bool | None
+) -> DynamicCache | StaticCache | None:
     """The cache to write to, a new one where `use_cache` asks for it, or None.
 
     Raises TypeError for tuples of older versions, ValueError together with checkpointing.
     """
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; it must be a DynamicCache or None. For "
-            "keys and values of older versions, call cache.update(k, v, layer) for each layer"
+            f"past_key_values is a {type(cache).__name__}; it must be a DynamicCache, a "
+            "StaticCache or None. For keys and values of older versions, call "
+            "cache.update(k, v, layer) for each layer"
         )
     if use_cache is None:
         use_cache = cache is not None or (model.config.use_cache and not model.training)
@@ -81,6 +90,42 @@ def positions_after(past: int, hidden: Tensor, position_ids: Tensor | None) -> T
             f"need ({B}, {T}) or (1, {T})"
         )
     return position_ids
+
+
+def mask_and_positions(
+    attention_mask: Tensor | Mask | None,
+    position_ids: Tensor | None,
+    hidden: Tensor,
+    cache: DynamicCache | StaticCache | None,
+    packed: bool,
+    packing: Packing,
+) -> tuple[Mask, Tensor]:
+    """What the new tokens see, and their positions (B or 1, T); modeling/masks.py and packing.py.
+
+    `packed`: the caller gave no cache, so that positions may tell of several documents.
+    Raises ValueError or TypeError for what does not fit, and for borders beside a mask or a cache.
+    """
+    mask = mask_of_borders(packing, hidden)
+    if mask is not None:
+        if attention_mask is not None or not packed:
+            raise ValueError(
+                "cu_seq_lens_q: packed documents take neither attention_mask nor past_key_values; "
+                "leave these out, or pad the documents instead"
+            )
+        positions = positions_in(mask, hidden) if position_ids is None else position_ids
+        return mask, positions_after(0, hidden, positions)
+    if isinstance(cache, StaticCache):
+        mask, positions = cache.advance(hidden, attention_mask)
+        if position_ids is not None:
+            positions = positions_after(0, hidden, position_ids)
+        return mask, positions
+    past = cache.get_seq_length() if cache is not None else 0
+    positions = positions_after(past, hidden, position_ids)
+    if packed and attention_mask is None and position_ids is not None:
+        mask = mask_of_positions(positions)
+    if mask is None:
+        mask = causal_mask(attention_mask, hidden, past)
+    return mask, positions
 
 
 def keep_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.policy import KernelPolicy
+from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
@@ -55,6 +55,9 @@ class LoadingMixin:
         device_map: str | torch.device | Mapping[str, Any] | None = None,
         attn_implementation: str | None = None,
         norm_implementation: str | None = None,
+        rope_implementation: str | None = None,
+        mlp_implementation: str | None = None,
+        loss_implementation: str | None = None,
         kernels: Any = None,
         strict: str | bool = "head",
         ignore_missing: Sequence[str] = (),
@@ -77,11 +80,12 @@ class LoadingMixin:
         _refuse_meta_context()
         overrides = _config_overrides(model_class, options)
         device, directory = _single_device(device_map), Path(path) / subfolder
-        KernelPolicy.of(kernels, attn_implementation, norm_implementation)
+        named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
+        backends = _implementations(kernels, named, loss_implementation)
         stored = config or model_class.config_class.from_pretrained(directory)
-        own = stored.replace(**overrides).running(attn_implementation, norm_implementation, kernels)
+        own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
-        asked = torch_dtype if torch_dtype is not None and dtype == "auto" else dtype
+        asked = dtype if torch_dtype is None or dtype != "auto" else torch_dtype
         chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
         with torch.device("meta"):
             model = model_class(own)
@@ -98,13 +102,9 @@ class LoadingMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
         )
-        _finish(model, chosen, device)
-        if model.can_generate():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
-        if report.missing or report.unexpected or report.mismatched:
-            logger.warning("%s: %s", path, report)
-        model.eval()
-        return (model, report.as_dict()) if output_loading_info else model
+        _finish(model, chosen, device, directory)
+        _warn(path, report)
+        return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
     def save_pretrained(
         self,
@@ -177,6 +177,20 @@ def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> di
     return {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
 
 
+def _implementations(
+    kernels: Any, named: tuple[str | None, ...], loss: str | None
+) -> dict[str, str | None]:
+    """Configuration fields of backends named for ops (in the order of IMPLEMENTATIONS); checked."""
+    KernelPolicy.of(kernels, **dict(zip(IMPLEMENTATIONS, named, strict=True)))
+    fields = dict(zip(IMPLEMENTATIONS.values(), named, strict=True))
+    return {**fields, "loss_implementation": loss}
+
+
+def _warn(path: str | Path, report: Any) -> None:
+    if report.missing or report.unexpected or report.mismatched:
+        logger.warning("%s: %s", path, report)
+
+
 def _single_device(device_map: object) -> torch.device:
     if isinstance(device_map, Mapping):
         if set(device_map) != {""}:
@@ -211,8 +225,10 @@ def _dtype(
     return next((d for d in stored if d.is_floating_point), torch.float32)
 
 
-def _finish(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Everything on its device: missing parameters, buffers, ties, kernels."""
+def _finish(
+    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, directory: Path
+) -> None:
+    """Missing parameters, buffers and ties on the device; kernels; how the model generates."""
     for module in model.modules():
         _initialise_missing(model, module, dtype, device)
         if any(b.is_meta for b in module.buffers(recurse=False)):
@@ -220,6 +236,8 @@ def _finish(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) ->
     model.tie_weights()
     model.config.dtype = dtype
     model._adopt(model._kernel_policy)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
 @torch.no_grad()

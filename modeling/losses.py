@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.core.registry import AUTO, Choice
+from swathe.kernels.linear_cross_entropy.api import linear_cross_entropy
 
 
 def causal_lm_loss(
@@ -38,3 +45,62 @@ def causal_lm_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def linear_causal_lm_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor | None,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    implementation: str | Choice = AUTO,
+) -> Tensor:
+    """`causal_lm_loss(head(hidden), labels)` whose logits never exist as a whole.
+
+    Shapes: hidden (B, T, hidden_size); the rest as causal_lm_loss. The head must be an nn.Linear as
+    torch runs it: an adapter, a hook or a patched forward would be passed over, so each raises
+    UnsupportedFeature, naming what was found.
+    """
+    weight, bias = plain_projection(head)
+    targets = labels if shift_labels is None else shift_labels
+    assert targets is not None
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels are {tuple(targets.shape)} and hidden states {tuple(hidden.shape)}; labels "
+            f"need {tuple(hidden.shape[:-1])}, one a token"
+        )
+    return linear_cross_entropy(
+        hidden,
+        weight,
+        targets.to(hidden.device),
+        bias=bias,
+        shift_labels=shift_labels is None,
+        num_items=num_items_in_batch,
+        ignore_index=ignore_index,
+        implementation=implementation,
+    )
+
+
+def plain_projection(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head that does nothing else than multiply and add them."""
+    if type(head) is not nn.Linear:
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        _refuse(f"the head is a {kind}, not a plain torch.nn.Linear")
+    if "forward" in vars(head):
+        _refuse("the head's forward was replaced on the instance")
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for name in hooks:
+        if getattr(head, name):
+            _refuse(f"the head has {name[1:].replace('_', ' ')}")
+    if _has_any_global_hook():
+        _refuse("hooks on all modules are registered with torch")
+    return head.weight, head.bias
+
+
+def _refuse(found: str) -> NoReturn:
+    raise UnsupportedFeature(
+        f"the fused loss reads the head's weight and never calls it, but {found}, which it would "
+        "pass over. Merge or remove that, or set loss_implementation=None to form the logits"
+    )

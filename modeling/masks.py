@@ -53,6 +53,16 @@ def causal_mask(given: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
     return _full(mask)
 
 
+def opaque(mask: Tensor) -> bool:
+    """Whether values cannot be read here: a trace, a graph capture, or no data at all."""
+    return (
+        torch.compiler.is_compiling()
+        or mask.is_meta
+        or mask.numel() == 0
+        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def _two_dimensional(mask: Tensor, B: int, T: int, S: int) -> Tensor:
     if mask.shape not in ((B, T), (B, S)):
         raise _does_not_fit(mask, B, T, S)
@@ -63,7 +73,7 @@ def _two_dimensional(mask: Tensor, B: int, T: int, S: int) -> Tensor:
 
 
 def _four_dimensional_padding(mask: Tensor, B: int, T: int, S: int) -> Mask:
-    if mask.is_floating_point() and (_opaque(mask) or not _zeros_and_a_one(mask)):
+    if mask.is_floating_point() and (opaque(mask) or not _zeros_and_a_one(mask)):
         return Mask(causal=True, bias=mask)
     return _padding(mask[:, 0, 0].expand(B, S), T, S)
 
@@ -72,20 +82,20 @@ def _full(mask: Tensor) -> Mask:
     if mask.dtype == torch.bool:
         return Mask(causal=True, allowed=mask)
     if mask.is_floating_point():
-        if not _opaque(mask) and _zeros_and_a_one(mask):
+        if not opaque(mask) and _zeros_and_a_one(mask):
             raise ValueError(
                 f"attention_mask {tuple(mask.shape)} of {mask.dtype} holds only 0 and 1, which "
                 "could mean visible or added to the scores; pass mask.bool() for visible, or "
                 "0 and -inf to add"
             )
         return Mask(causal=True, bias=mask)
-    if not _opaque(mask) and bool(((mask != 0) & (mask != 1)).any()):
+    if not opaque(mask) and bool(((mask != 0) & (mask != 1)).any()):
         raise _not_zero_or_one(mask)
     return Mask(causal=True, allowed=mask.bool())
 
 
 def _padding(mask: Tensor, T: int, S: int) -> Mask:
-    if _opaque(mask):
+    if opaque(mask):
         return Mask(causal=True, keys=mask.bool())
     real = mask != 0
     count = real.sum(1)
@@ -105,16 +115,6 @@ def _padding(mask: Tensor, T: int, S: int) -> Mask:
     no_row_is_empty = fewest > 0 and latest <= S - T
     return Mask(
         causal=True, start=start.int(), end=end.int(), rows_may_be_empty=not no_row_is_empty
-    )
-
-
-def _opaque(mask: Tensor) -> bool:
-    """Whether values cannot be read here: a trace, a graph capture, or no data at all."""
-    return (
-        torch.compiler.is_compiling()
-        or mask.is_meta
-        or mask.numel() == 0
-        or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

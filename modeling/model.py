@@ -18,7 +18,8 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
 from swathe.modeling.layers.norm import RMSNorm
 from swathe.modeling.loading import LoadingMixin
-from swathe.modeling.policy import KernelPolicy, KernelReport
+from swathe.modeling.packing import Packing
+from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy, KernelReport
 
 CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check")
 
@@ -56,7 +57,9 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._arguments = frozenset(inspect.signature(cls.forward).parameters) - {"self"}
+        named = inspect.signature(cls.forward).parameters
+        packing = Packing.__annotations__ if "packing" in named else ()
+        cls._arguments = frozenset((*named, *packing)) - {"self", "packing"}
 
     def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, self.config_class):
@@ -86,10 +89,8 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
             if any(not p.is_meta for p in module.parameters(recurse=False)):
                 self._init_weights(module)
         self.tie_weights()
-        config = self.config
-        self._adopt(
-            KernelPolicy.of(config.kernels, config.attn_implementation, config.norm_implementation)
-        )
+        named = {op: getattr(self.config, field) for op, field in IMPLEMENTATIONS.items()}
+        self._adopt(KernelPolicy.of(self.config.kernels, **named))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -194,7 +195,7 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         for op in ops:
             KernelPolicy.of({op: "auto"})
         wanted = self._kernel_policy if kernels is None else kernels
-        self._adopt(KernelPolicy.of(wanted, ops.get("attn"), ops.get("norm")))
+        self._adopt(KernelPolicy.of(wanted, **ops))
 
     def kernel_report(self) -> KernelReport:
         """Which backend each module runs, and why; print it for a table."""
@@ -205,8 +206,8 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module._kernel_policy = policy
-        self.config.attn_implementation = policy.attn
-        self.config.norm_implementation = policy.norm
+        for op, name in IMPLEMENTATIONS.items():
+            setattr(self.config, name, getattr(policy, op))
 
     # gradient checkpointing
 
@@ -262,6 +263,9 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         device: torch.device | str | None = None,
         attn_implementation: str | None = None,
         norm_implementation: str | None = None,
+        rope_implementation: str | None = None,
+        mlp_implementation: str | None = None,
+        loss_implementation: str | None = None,
         kernels: Any = None,
     ) -> Self:
         """A freshly initialised model in `dtype`, else config.dtype, else torch's default.
@@ -270,7 +274,14 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         copied, not changed.
         """
         chosen = dtype_named(dtype if dtype is not None else config.dtype, "from_config")
-        own = config.running(attn_implementation, norm_implementation, kernels)
+        own = config.running(
+            kernels,
+            attn_implementation=attn_implementation,
+            norm_implementation=norm_implementation,
+            rope_implementation=rope_implementation,
+            mlp_implementation=mlp_implementation,
+            loss_implementation=loss_implementation,
+        )
         before = torch.get_default_dtype()
         with (
             torch.device(device) if device is not None else torch.device(torch.get_default_device())

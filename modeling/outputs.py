@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache import DynamicCache, StaticCache
 
 
 def _with_keys(out: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -69,7 +69,7 @@ class BaseModelOutputWithPast(ModelOutput):
     """A body's result: hidden_states are the inputs of each layer and the normed last state."""
 
     last_hidden_state: Tensor | None = None
-    past_key_values: DynamicCache | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -80,6 +80,6 @@ class CausalLMOutputWithPast(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: DynamicCache | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

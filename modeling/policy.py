@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
+from itertools import chain
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -23,7 +24,11 @@ from swathe.kernels.core.registry import AUTO, Choice, registered
 OPS = {
     "attn": ("attention", "swathe.kernels.attention.api"),
     "norm": ("rms_norm", "swathe.kernels.norm.api"),
+    "rope": ("rotary", "swathe.kernels.rotary.api"),
+    "mlp": ("gated_mlp_act", "swathe.kernels.gated_mlp_act.api"),
 }
+# the configuration's field of each op
+IMPLEMENTATIONS = {op: f"{op}_implementation" for op in OPS}
 
 
 class KernelModule(nn.Module):
@@ -38,7 +43,8 @@ class KernelModule(nn.Module):
 
     def resolve(self, implementation: str) -> Choice:
         """`pick`, but on the meta device, where nothing runs, a name is only taken down."""
-        if next(self.parameters()).is_meta:
+        first = next(chain(self.parameters(), self.buffers()))
+        if first.is_meta:
             return replace(self.pick(AUTO), asked=implementation)
         return self.pick(implementation)
 
@@ -65,37 +71,33 @@ class KernelPolicy:
 
     attn: str = AUTO
     norm: str = AUTO
+    rope: str = AUTO
+    mlp: str = AUTO
     overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls,
-        kernels: str | Mapping[str, Any] | KernelPolicy | None = None,
-        attn_implementation: str | None = None,
-        norm_implementation: str | None = None,
+        cls, kernels: str | Mapping[str, Any] | KernelPolicy | None = None, **named: str | None
     ) -> KernelPolicy:
-        """A policy from what users write; the two named arguments win over `kernels`.
+        """A policy from what users write; backends named for an op win over `kernels`.
 
         `kernels` is a backend for every op ("auto", "eager", ...), a dict of ops and module
-        patterns ({"norm": "triton", "layers.0.*": "eager"}), or a policy. Raises ValueError for
-        unknown names of ops and backends.
+        patterns ({"norm": "triton", "layers.0.*": "eager"}), or a policy; `named` are keys of OPS.
+        Raises ValueError for unknown names of ops and backends.
         """
         if isinstance(kernels, KernelPolicy):
             policy = kernels
         elif isinstance(kernels, Mapping):
             policy = _from_mapping(kernels)
         elif kernels is None or isinstance(kernels, str):
-            policy = cls(kernels or AUTO, kernels or AUTO)
+            policy = cls(**dict.fromkeys(OPS, kernels or AUTO))  # type: ignore[arg-type]
         else:
             raise TypeError(
                 f"kernels is a {type(kernels).__name__}; it must be a backend's name, a dict such "
                 'as {"norm": "eager", "layers.0.*": "eager"}, or a KernelPolicy'
             )
-        policy = replace(
-            policy,
-            attn=attn_implementation or policy.attn,
-            norm=norm_implementation or policy.norm,
-        )
+        chosen: dict[str, Any] = {op: name for op, name in named.items() if name}
+        policy = replace(policy, **chosen)
         for op in OPS:
             check_backend(op, getattr(policy, op))
         for wanted in policy.overrides.values():

@@ -1,11 +1,10 @@
-"""Rotary position embedding: the parameters of each type, its inverse frequencies, the rotation.
+"""Rotary position embedding: the parameters of each type and its inverse frequencies.
 
     inv_freq[i] = theta^(-2 i / D), i < D / 2, then changed by the type's own rule
     angle[b, t, i] = position[b, t] * inv_freq[i]
-    x'[:D/2] = x1 cos - x2 sin,  x'[D/2:] = x2 cos + x1 sin          x1, x2: the two halves of x
 
 Dtypes   frequencies and angles are fp32 whatever the model's dtype; cos and sin are rounded to the
-         activations' dtype before the products, as HF does.
+         activations' dtype before the op rotary turns queries and keys by them, as HF does.
 Source   Su et al. 2021, arXiv:2104.09864; type "llama3" is Llama 3.1's own frequency rule.
 """
 
@@ -158,10 +157,3 @@ def _check(name: str, kind: RopeType, keys: tuple[str, ...], given: dict[str, An
     problem = kind.check(given)
     if problem:
         raise ConfigError(f"rope_type {name!r}: {problem}")
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, H, T, D) rotated; cos and sin (B or 1, T, D), in x's dtype."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos.unsqueeze(1) + turned * sin.unsqueeze(1)

@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from swathe.kernels.attention.api import attention, register_attention
     from swathe.kernels.attention.mask import Mask
     from swathe.kernels.catalog import backends, explain
+    from swathe.kernels.core.debug import debug
     from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
     from swathe.kernels.core.registry import Backend, register_backend
     from swathe.kernels.core.spec import Capabilities
+    from swathe.kernels.cross_entropy.api import cross_entropy
+    from swathe.kernels.gated_mlp_act.api import gated_mlp_act, geglu, reglu, swiglu
+    from swathe.kernels.layer_norm.api import layer_norm
+    from swathe.kernels.linear_cross_entropy.api import linear_cross_entropy
     from swathe.kernels.norm.api import rms_norm
+    from swathe.kernels.qk_norm_rotary.api import qk_norm_rotary
+    from swathe.kernels.rotary.api import rotary
+    from swathe.kernels.tuner import use_tuned
     from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, register_model
-    from swathe.modeling.cache import DynamicCache
+    from swathe.modeling.cache import DynamicCache, StaticCache
     from swathe.modeling.checkpoint.errors import CheckpointError
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
     from swathe.modeling.errors import ConfigError, UninitializedParameter
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
     from swathe.modeling.rope import register_rope
+    from swathe.modeling.warmup import warmup
 
 _HOME = {
     "AutoConfig": "swathe.modeling.auto",
@@ -57,17 +66,30 @@ _HOME = {
     "PreTrainedConfig": "swathe.modeling.config",
     "PreTrainedModel": "swathe.modeling.model",
     "PretrainedConfig": "swathe.modeling.config",
+    "StaticCache": "swathe.modeling.cache",
     "TextStreamer": "swathe.modeling.generation.streamer",
     "UninitializedParameter": "swathe.modeling.errors",
     "UnsupportedFeature": "swathe.kernels.core.errors",
     "attention": "swathe.kernels.attention.api",
     "backends": "swathe.kernels.catalog",
+    "cross_entropy": "swathe.kernels.cross_entropy.api",
+    "debug": "swathe.kernels.core.debug",
     "explain": "swathe.kernels.catalog",
+    "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
+    "geglu": "swathe.kernels.gated_mlp_act.api",
+    "layer_norm": "swathe.kernels.layer_norm.api",
+    "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
+    "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
     "register_model": "swathe.modeling.auto",
     "register_rope": "swathe.modeling.rope",
+    "reglu": "swathe.kernels.gated_mlp_act.api",
     "rms_norm": "swathe.kernels.norm.api",
+    "rotary": "swathe.kernels.rotary.api",
+    "swiglu": "swathe.kernels.gated_mlp_act.api",
+    "use_tuned": "swathe.kernels.tuner",
+    "warmup": "swathe.modeling.warmup",
 }
 
 __all__ = [
@@ -90,18 +112,31 @@ __all__ = [
     "PreTrainedConfig",
     "PreTrainedModel",
     "PretrainedConfig",
+    "StaticCache",
     "TextStreamer",
     "UninitializedParameter",
     "UnsupportedFeature",
     "__version__",
     "attention",
     "backends",
+    "cross_entropy",
+    "debug",
     "explain",
+    "gated_mlp_act",
+    "geglu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "qk_norm_rotary",
     "register_attention",
     "register_backend",
     "register_model",
     "register_rope",
+    "reglu",
     "rms_norm",
+    "rotary",
+    "swiglu",
+    "use_tuned",
+    "warmup",
 ]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.core.errors import did_you_mean
-from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
 from swathe.modeling.generation.sampling import NEVER, check_options, greedy, sample
 from swathe.modeling.generation.streamer import Streamer
@@ -26,7 +26,9 @@ POLL, POLL_OTHERWISE = {"cpu": 1}, 8
 _OPTIONS = (
     "input_ids", "attention_mask", "max_new_tokens", "min_new_tokens", "do_sample", "temperature",
     "top_k", "top_p", "eos_token_id", "pad_token_id", "streamer", "generator", "return_dict",
+    "cache_implementation",
 )  # fmt: skip
+_CACHES = (None, "dynamic", "static")
 _SAMPLING = ("temperature", "top_k", "top_p", "generator")
 _ELSEWHERE = {
     "max_length": "give max_new_tokens, which does not count the prompt",
@@ -67,6 +69,7 @@ class GenerationMixin:
         streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = False,
+        cache_implementation: str | None = None,
         **unknown: Any,
     ) -> Tensor | GenerateOutput:
         """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens.
@@ -76,6 +79,7 @@ class GenerationMixin:
         model's generation_config, then config, padding finally to the first EOS. Nothing
         else is taken from a file. `temperature`, `top_k`, `top_p` and `generator` (on the logits'
         device) apply with do_sample=True. `streamer` gets the prompt, then each step's tokens.
+        `cache_implementation` is "dynamic", which grows, or "static", which has its room at once.
 
         Raises TypeError for unknown options and wrong dtypes, ValueError for values out of range.
         """
@@ -89,7 +93,10 @@ class GenerationMixin:
         choose = partial(
             sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
-        run = _Run(self, prompt, special, max_new_tokens, streamer)
+        if cache_implementation not in _CACHES:
+            raise ValueError(f"cache_implementation={cache_implementation!r}; allowed: {_CACHES}")
+        static = cache_implementation == "static"
+        run = _Run(self, prompt, special, max_new_tokens, streamer, static)
         sequences = run.all_tokens(choose if do_sample else greedy, min_new_tokens)
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
@@ -104,18 +111,20 @@ class _Run:
         special: SpecialTokens,
         max_new_tokens: int,
         streamer: Streamer | None,
+        static: bool,
     ):
         B, T = prompt.ids.shape
         device = prompt.ids.device
         self.model, self.prompt, self.special, self.streamer = model, prompt, special, streamer
-        self.cache = DynamicCache()
+        room = T + max_new_tokens
+        self.cache = StaticCache(model.config, room) if static else DynamicCache()
         self.start = self.length = T
-        self.sequences = prompt.ids.new_empty(B, T + max_new_tokens)
+        self.sequences = prompt.ids.new_empty(B, room)
         self.sequences[:, :T] = prompt.ids
         self.mask: Tensor | None = None
-        self.positions = torch.arange(T + max_new_tokens, device=device)[None]
+        self.positions = torch.arange(room, device=device)[None]
         if prompt.mask is not None:
-            self.mask = prompt.mask.new_ones(B, T + max_new_tokens)
+            self.mask = prompt.mask.new_ones(B, room)
             self.mask[:, :T] = prompt.mask
             self.positions = (self.mask.cumsum(1) - 1).clamp_min_(0)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from swathe.kernels.attention.api import (
+    AttentionSpec,
     Mask,
     attention,
     attention_with_weights,
@@ -14,12 +15,10 @@ from swathe.kernels.attention.api import (
 )
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import AUTO, Choice
-from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.decoder_config import DecoderConfig
+from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.policy import KernelModule
-from swathe.modeling.rope import rotate
-
-Rotation = tuple[Tensor, Tensor]
 
 
 class SelfAttention(KernelModule):
@@ -59,7 +58,7 @@ class SelfAttention(KernelModule):
         hidden_states: Tensor,
         rotation: Rotation,
         mask: Mask,
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden), and the weights (B, H, T, S) where they are asked for.
@@ -71,14 +70,15 @@ class SelfAttention(KernelModule):
         q = self.q_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = rotation(q, k)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if output_attentions:
             self._refuse_weights()
-            o, weights = attention_with_weights(q, k, v, mask, self.scaling, dropout)
+            spec = AttentionSpec(mask, self.scaling, dropout)
+            o, weights = attention_with_weights(q, k, v, spec)
         else:
             o = attention(
                 q, k, v, mask, scale=self.scaling, dropout=dropout, implementation=self.choice

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swathe.kernels.attention.api import Mask
-from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.decoder_config import DecoderConfig
-from swathe.modeling.layers.attention import Rotation, SelfAttention
+from swathe.modeling.layers.attention import SelfAttention
+from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.mlp import GatedMLP
 from swathe.modeling.layers.norm import RMSNorm
 
@@ -40,7 +41,7 @@ class DecoderLayer(nn.Module):
         residual: Tensor | None,
         rotation: Rotation,
         mask: Mask,
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The stream after this layer, and the attention weights where they are asked for."""

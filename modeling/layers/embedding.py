@@ -1,19 +1,35 @@
-"""Rotary position embedding as a module: the frequencies, and cos and sin for given positions."""
+"""Rotary position embedding as a module: cos and sin for given positions, and who applies them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from swathe.kernels.core.registry import AUTO, Choice
+from swathe.kernels.rotary.api import resolve_rotary, rotary
+from swathe.modeling.policy import KernelModule
 from swathe.modeling.rope import ROPE_TYPES
 
 
-class RotaryEmbedding(nn.Module):
+class Rotation(NamedTuple):
+    """The angles of one forward pass, made once, and the backend that turns queries and keys."""
+
+    cos: Tensor
+    sin: Tensor
+    choice: Choice
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, H, T, D) and k (B, K, T, D) rotated, with HF's roundings."""
+        return rotary(q, k, self.cos, self.sin, casting="llama", implementation=self.choice)
+
+
+class RotaryEmbedding(KernelModule):
     """cos and sin (B or 1, T, D) for positions (B or 1, T): fp32, rounded at the end."""
 
+    op: ClassVar[str] = "rope"
     inv_freq: Tensor
 
     def __init__(self, parameters: dict[str, Any], head_dim: int) -> None:
@@ -21,6 +37,12 @@ class RotaryEmbedding(nn.Module):
         self.rope, self.head_dim = parameters, head_dim
         self.register_buffer("inv_freq", None, persistent=False)
         self.reset_buffers(None)
+        self.choice = self.pick(AUTO)
+
+    def pick(self, implementation: str) -> Choice:
+        """A backend for the frequencies' device."""
+        like = self.inv_freq.new_empty(1, 1, 1, self.head_dim)
+        return resolve_rotary(like, like[0, 0], implementation)
 
     def reset_buffers(self, device: torch.device | None) -> None:
         """Compute the frequencies on `device`; used after a build on the meta device."""
@@ -35,9 +57,17 @@ class RotaryEmbedding(nn.Module):
             self.reset_buffers(self.inv_freq.device)
         return self
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin in `dtype`."""
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation for `positions`, cos and sin in `dtype`."""
         with torch.no_grad():
             angles = positions[..., None].float() * self.inv_freq
             angles = torch.cat((angles, angles), dim=-1)
-            return (angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype)
+            cos, sin = (
+                (angles.cos() * self.factor).to(dtype),
+                (angles.sin() * self.factor).to(dtype),
+            )
+            return Rotation(cos, sin, self.choice)
+
+    def extra_repr(self) -> str:
+        """The backend in use."""
+        return f"backend={self.choice.backend}"

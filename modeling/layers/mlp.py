@@ -1,39 +1,45 @@
-"""The gated MLP and the activations that configurations can name."""
+"""The gated MLP: three projections around one call into the gated_mlp_act op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
+from swathe.kernels.core.registry import AUTO, Choice
+from swathe.kernels.gated_mlp_act.api import gated_mlp_act, resolve_gated_mlp_act
+from swathe.modeling.policy import KernelModule
 
 
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), under HF's parameter names."""
+class GatedMLP(KernelModule):
+    """down(act(gate(x)) * up(x)), under HF's parameter names and with its roundings."""
+
+    op: ClassVar[str] = "mlp"
 
     def __init__(self, hidden_size: int, intermediate_size: int, act: str, bias: bool) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        self.act_fn = ACTIVATIONS[act]
+        self.act = act
+        self.choice = self.pick(AUTO)
+
+    def pick(self, implementation: str) -> Choice:
+        """A backend for the projections' device and dtype."""
+        weight = self.gate_proj.weight
+        return resolve_gated_mlp_act(weight[:, 0], implementation, act=self.act, casting="llama")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, hidden) to (B, T, hidden)."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gated = gated_mlp_act(
+            self.gate_proj(x),
+            self.up_proj(x),
+            act=self.act,
+            casting="llama",
+            implementation=self.choice,
+        )
+        return self.down_proj(gated)
+
+    def extra_repr(self) -> str:
+        """The activation and the backend in use."""
+        return f"act={self.act}, backend={self.choice.backend}"

@@ -7,29 +7,29 @@ query heads, the MLP is gated.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
-from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.forward import (
     check_cache,
     checked_embeddings,
     keep_logits,
-    positions_after,
+    mask_and_positions,
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
 from swathe.modeling.layers.decoder import DecoderLayer, run_layer
 from swathe.modeling.layers.embedding import RotaryEmbedding
 from swathe.modeling.layers.norm import RMSNorm
-from swathe.modeling.losses import causal_lm_loss
-from swathe.modeling.masks import causal_mask
+from swathe.modeling.losses import causal_lm_loss, linear_causal_lm_loss
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from swathe.modeling.packing import Packing
 
 
 class LlamaPreTrainedModel(PreTrainedModel):
@@ -64,16 +64,18 @@ class LlamaModel(LlamaPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | Mask | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: DynamicCache | StaticCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast | tuple[object, ...]:
         """Hidden states (B, T, hidden) of ids (B, T), or of vectors in `inputs_embeds`.
 
-        `attention_mask` takes every form in modeling/masks.py and never loses causality.
+        `attention_mask` takes every form in modeling/masks.py and never loses causality; several
+        documents in a row are told apart as modeling/packing.py says.
         `use_cache` defaults to the configuration's in eval mode and to False in training;
         attention weights exist on backend "eager" only, elsewhere asking for them raises.
         """
@@ -81,10 +83,10 @@ class LlamaModel(LlamaPreTrainedModel):
         with_states = wants(self, "output_hidden_states", output_hidden_states)
         hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         cache = check_cache(self, past_key_values, use_cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        positions = positions_after(past, hidden, position_ids)
+        mask, positions = mask_and_positions(
+            attention_mask, position_ids, hidden, cache, past_key_values is None, packing
+        )
         rotation = self.rotary_emb(positions, hidden.dtype)
-        mask = causal_mask(attention_mask, hidden, past)
 
         residual: Tensor | None = None
         states: list[Tensor] = []
@@ -127,7 +129,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | Mask | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
+        past_key_values: DynamicCache | StaticCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -138,10 +140,12 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         *,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        **packing: Unpack[Packing],
     ) -> CausalLMOutputWithPast | tuple[object, ...]:
         """Logits (B, T, V), of the last `logits_to_keep` tokens only where that is above 0.
 
-        With `labels` (B, T) the loss of predicting each next token, see losses.causal_lm_loss.
+        With `labels` (B, T) the loss of predicting each next token, see losses.causal_lm_loss. In
+        training with `loss_implementation` set, the loss never forms the logits: they are None.
         Other arguments as LlamaModel.forward.
         """
         body = self.model(
@@ -154,13 +158,22 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             output_attentions,
             output_hidden_states,
             True,
+            **packing,
         )
-        logits = self.lm_head(keep_logits(body.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = causal_lm_loss(
-                logits, labels, num_items_in_batch=num_items_in_batch, shift_labels=shift_labels
+        hidden, asked = body.last_hidden_state, labels is not None or shift_labels is not None
+        given: dict[str, Any] = {
+            "num_items_in_batch": num_items_in_batch,
+            "shift_labels": shift_labels,
+        }
+        fused = self.config.loss_implementation if asked and self.training else None
+        logits, loss = None, None
+        if fused is not None:
+            loss = linear_causal_lm_loss(
+                self.lm_head, hidden, labels, **given, implementation=fused
             )
+        else:
+            logits = self.lm_head(keep_logits(hidden, logits_to_keep))
+            loss = causal_lm_loss(logits, labels, **given) if asked else None
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
