@@ -1,28 +1,25 @@
 """Who is measured: our backends and their peers, each importable or absent with the reason.
 
-Every contender is one function `norm(x, weight, residual)` that returns y, or (y, x + residual),
-and that autograd can differentiate. All work on the same tensors with the same eps.
+Every contender is one function that takes the op's own keywords and that autograd can
+differentiate. All work on the same tensors with the same options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.subject import Function, Peer, Subject
+from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import registered
-from swathe.kernels.norm import eager
-from swathe.kernels.norm.api import OP, resolve_rms_norm, rms_norm
-from swathe.kernels.norm.contract import EPS
-
-Norm = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 # what a peer that does not fit this machine, this torch or this shape raises while it is prepared
 PEER_ERRORS = (
@@ -34,6 +31,7 @@ PEER_ERRORS = (
     AssertionError,
     KeyError,
     OSError,
+    NotImplementedError,
 )
 
 
@@ -45,81 +43,60 @@ class Contender:
     """
 
     name: str
-    prepare: Callable[[Tensor, Tensor, bool], Norm]
+    prepare: Callable[[Problem], Function]
     absent: str | None = None
     ours: bool = False
 
 
-def contenders(device: str, *, compiled: bool = True) -> list[Contender]:
+def contenders(of: Subject, device: str, *, compiled: bool = True) -> list[Contender]:
     """Every contender on `device`, ours first: present ones and absent ones with their reason.
 
     `compiled=False` leaves torch.compile out, as a dry run does.
     """
-    names = ("triton",) if device == "cuda" else ("cpp",)
-    ours = [_backend(name) for name in names]
-    no_compile = None if compiled else "left out of this run"
-    peers = [
-        Contender("eager", lambda x, w, r: _eager),
-        Contender("torch", lambda x, w, r: _torch),
-        Contender("compile", _compile, no_compile),
+    name = "triton" if device == "cuda" else "cpp"
+    return [
+        *([_backend(of, name)] if name in registered(of.op) else []),
+        Contender("eager", partial(_eager, of)),
+        Contender("compile", partial(_compile, of), None if compiled else "left out of this run"),
+        *(Contender(p.name, p.prepare, p.absent) for p in of.peers(device)),
     ]
-    if device == "cuda":
-        peers += [_liger(), _quack()]
-    return [*ours, *peers]
 
 
-def _backend(name: str) -> Contender:
-    def prepare(x: Tensor, weight: Tensor, residual: bool) -> Norm:
-        choice = resolve_rms_norm(x, weight, name, residual=residual)
-        return lambda x, w, r: rms_norm(x, w, EPS, residual=r, implementation=choice)
+def _backend(of: Subject, name: str) -> Contender:
+    def prepare(problem: Problem) -> Function:
+        return partial(of.contract.function, implementation=of.choose(problem, name))
 
-    return Contender(name, prepare, registered(OP)[name].missing(), ours=True)
-
-
-def _eager(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-    """What transformers' LlamaRMSNorm executes, op for op, after the decoder layer's addition."""
-    return eager.rms_norm(x, weight, EPS, 0.0, "llama", residual)
+    return Contender(name, prepare, registered(of.op)[name].missing(), ours=True)
 
 
-def _torch(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-    if residual is None:
-        return F.rms_norm(x, weight.shape, weight, EPS)
-    h = x + residual
-    return F.rms_norm(h, weight.shape, weight, EPS), h
+def _eager(of: Subject, problem: Problem) -> Function:
+    _unless_left_out(of, "eager", problem)
+    return of.eager
 
 
-def _compile(x: Tensor, weight: Tensor, residual: bool) -> Norm:
+def _unless_left_out(of: Subject, name: str, problem: Problem) -> None:
+    reason = of.left_out(name, problem)
+    if reason:
+        raise NotImplementedError(f"{name}: {reason}")
+
+
+def _compile(of: Subject, problem: Problem) -> Function:
+    _unless_left_out(of, "compile", problem)
     # fresh for every cell: a second shape would otherwise recompile to dynamic sizes
     torch._dynamo.reset()
-    return torch.compile(_eager, dynamic=False, fullgraph=True)
+    return torch.compile(of.eager, dynamic=False, fullgraph=True)
 
 
-def _liger() -> Contender:
-    module, absent = peer("liger_kernel.transformers.functional")
-    if absent or module is None:
-        return Contender("liger", _nothing, absent)
-
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-        # in_place would overwrite dy, which every timed call shares
-        if residual is None:
-            return module.liger_rms_norm(x, weight, EPS, in_place=False)
-        return module.liger_fused_add_rms_norm(x, residual, weight, EPS, in_place=False)
-
-    return Contender("liger", lambda x, w, r: norm)
+def library(name: str, module: str, prepare: Callable[[ModuleType, Problem], Function]) -> Peer:
+    """The peer `name` from `module`, where that can be imported."""
+    found, absent = peer(module)
+    if found is None:
+        return Peer(name, nothing, absent)
+    return Peer(name, partial(prepare, found))
 
 
-def _quack() -> Contender:
-    module, absent = peer("quack.rmsnorm")
-    if absent or module is None:
-        return Contender("quack", _nothing, absent)
-
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-        return module.rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=residual is not None)
-
-    return Contender("quack", lambda x, w, r: norm)
-
-
-def _nothing(x: Tensor, weight: Tensor, residual: bool) -> Norm:
+def nothing(problem: Problem) -> Function:
+    """What an absent peer would prepare."""
     raise AssertionError("an absent contender was prepared")
 
 
@@ -133,3 +110,38 @@ def peer(name: str) -> tuple[ModuleType | None, str | None]:
     except PEER_ERRORS as error:
         first_line = str(error).partition("\n")[0]
         return None, f"import {name} raised {type(error).__name__}: {first_line}"
+
+
+class _Instead(torch.autograd.Function):
+    """Another tensor in the place of one, and another gradient in the place of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, other: Tensor | None, gradient: Tensor | None) -> Tensor:
+        ctx.gradient = gradient
+        return t.view_as(t) if other is None else other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, *found: Tensor) -> tuple[Tensor, None, None]:
+        return found[0] if ctx.gradient is None else ctx.gradient, None, None
+
+
+def overwriting(function: Function, problem: Problem) -> Function:
+    """A function that may overwrite its inputs and the gradients that arrive, made harmless.
+
+    Every call is handed copies that were made here, at no cost to the call. The first call finds
+    the problem's values in them, later ones what the last left there: times do not depend on it.
+    """
+    copies = problem.map(Tensor.clone)
+
+    def call(**given: Any) -> Any:
+        own = {k: _Instead.apply(given[k], t, None) for k, t in copies.inputs.items()}
+        found = function(**{**given, **own})
+        values = found if type(found) is tuple else (found,)
+        arriving = copies.arriving.values()
+        kept = tuple(
+            _Instead.apply(v, None, g) if v.requires_grad else v
+            for v, g in zip(values, arriving, strict=True)
+        )
+        return kept if type(found) is tuple else kept[0]
+
+    return call

@@ -1,9 +1,11 @@
 """One command for a GPU machine: is it right there, and how fast.
 
-    python3 -m bench.gpu --out DIR [--parts parity,bench,host] [--budget 560] [--commit HASH]
+    python3 -m bench.gpu --out DIR [--ops rms_norm,...] [--parts parity,bench,host]
+                         [--budget 560] [--commit HASH]
 
 from the root of a checkout that need not be installed. It needs torch >= 2.11 and triton >= 3.6,
-downloads nothing, and ends within the budget (seconds): what did not fit is listed as skipped.
+downloads nothing, and ends within the budget (seconds), of which every op gets an equal share and
+what the ops before it left over: what did not fit is listed as skipped.
 Liger and quack take part where they can be imported; a pure-Python wheel that was unpacked into a
 folder is enough:
 
@@ -13,8 +15,8 @@ Parts   parity: every kernel once in a process of its own, then the numerical co
         and full-size shapes, every dtype and casting, then reruns, CUDA graphs, streams, layouts,
         torch.compile, a tensor past 2^31 elements. bench: all contenders side by side, cold L2.
         host: Python's share of a call.
-Output  DIR/rms_norm.json, written anew after every unit, so that a run that is cut off leaves what
-        it had; DIR/logs; and a summary on stdout, last (`python -m bench.report DIR/rms_norm.json`
+Output  DIR/<op>.json, written anew after every unit, so that a run that is cut off leaves what it
+        had; DIR/logs; and a summary of every op on stdout (`python -m bench.report DIR/<op>.json`
         prints it again).
 Status  0 all well, 1 something failed (the summary says what), 2 nothing could run here.
 
@@ -38,10 +40,11 @@ from bench.contenders import contenders
 from bench.lanes import Lane, Unit, run_lanes
 from bench.record import document, save
 from bench.report import summary
+from bench.subject import OPS, Subject, subject
 from swathe.kernels.core.cpp import why_unavailable
+from swathe.kernels.core.registry import registered
 
 Row = dict[str, Any]
-FILE = "rms_norm.json"
 # seconds kept back for writing and printing
 _CLOSING = 8.0
 _TABLES = {
@@ -56,9 +59,11 @@ _TABLES = {
 class Run:
     """The plan being worked off, and the results document that grows with it."""
 
-    def __init__(self, out: Path, device: str, backend: str, dry: bool, budget: float) -> None:
-        self.out, self.device, self.backend, self.dry = out, device, backend, dry
-        self.deadline = time.monotonic() + budget - _CLOSING
+    def __init__(self, of: Subject, out: Path, dry: bool, deadline: float) -> None:
+        self.of, self.dry, self.deadline = of, dry, deadline
+        self.device = "cpu" if dry else "cuda"
+        self.backend = backend_for(of.op, self.device)
+        self.file, self.logs = out / f"{of.op}.json", out / "logs" / of.op
         self.results: dict[str, Any] = {}
         self._ids = 0
         self._lock = threading.Lock()
@@ -66,14 +71,14 @@ class Run:
 
     def start(self, commit: str | None) -> None:
         """Write down where this is and who takes part."""
-        present = contenders(self.device, compiled=not self.dry)
+        present = contenders(self.of, self.device, compiled=not self.dry)
         self.results = {
-            **document("rms_norm", self.device, commit),
+            **document(self.of.op, self.device, commit),
             "dry_run": self.dry,
             "absent": {c.name: c.absent for c in present if c.absent},
             **{table: [] for table in (*dict.fromkeys(_TABLES.values()), "failed", "skipped")},
         }
-        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
 
     def do(self, *lanes: list[Unit]) -> list[Row]:
         """Run lanes side by side; returns what failed in them."""
@@ -84,24 +89,24 @@ class Run:
         for units in lanes:
             numbered = [{**unit, "id": self._ids + i} for i, unit in enumerate(units)]
             self._ids += len(units)
-            runners.append(Lane(self.out / "logs", numbered, self.deadline))
+            runners.append(Lane(self.logs, numbered, self.deadline))
         run_lanes(runners, self._receive)
         failed = [failure for lane in runners for failure in lane.failed]
         self.results["failed"] += failed
         self.results["skipped"] += [unit for lane in runners for unit in lane.skipped]
-        save(self.results, self.out / FILE)
+        save(self.results, self.file)
         return failed
 
     def _receive(self, unit: Unit, row: Row) -> None:
         with self._lock:
             self.results[_TABLES[unit["kind"]]].append(row)
             if time.monotonic() - self._saved > 2.0:
-                save(self.results, self.out / FILE)
+                save(self.results, self.file)
                 self._saved = time.monotonic()
 
     def all(self, parts: list[str]) -> None:
         """Every part asked for, correctness before speed."""
-        where = (self.backend, self.device)
+        where = (self.of, self.backend, self.device)
         broken = [failure["unit"]["probe"] for failure in self.do(plan.probes(*where))]
         if "parity" in parts:
             lanes = plan.parity_lanes(*where, self.dry)
@@ -124,20 +129,30 @@ class Run:
         )
 
 
+def backend_for(op: str, device: str) -> str:
+    """The backend under test: triton on a GPU, and what this CPU has for a dry run."""
+    if device == "cuda":
+        return "triton"
+    return "cpp" if registered(op).get("cpp") and not why_unavailable() else "eager"
+
+
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--ops", default=",".join(OPS), help="which ops, by comma")
     parser.add_argument("--parts", default=",".join(plan.PARTS), help="which parts, by comma")
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything")
     parser.add_argument("--commit", help="commit to record where the copy has no .git")
     parser.add_argument("--dry-run", action="store_true", help="walk the plan on the CPU")
     asked = parser.parse_args(given)
-    asked.parts = asked.parts.split(",")
-    unknown = sorted(set(asked.parts) - set(plan.PARTS))
-    if unknown:
-        parser.error(f"--parts: {unknown} unknown; allowed: {','.join(plan.PARTS)}")
+    for name, allowed in (("ops", OPS), ("parts", plan.PARTS)):
+        chosen = getattr(asked, name).split(",")
+        unknown = sorted(set(chosen) - set(allowed))
+        if unknown:
+            parser.error(f"--{name}: {unknown} unknown; allowed: {','.join(allowed)}")
+        setattr(asked, name, chosen)
     if asked.budget <= _CLOSING:
         parser.error(f"--budget {asked.budget:g}: give more than {_CLOSING:g} seconds")
     return asked
@@ -153,14 +168,17 @@ def main(given: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    device = "cpu" if asked.dry_run else "cuda"
-    backend = "triton" if device == "cuda" else "eager" if why_unavailable() else "cpp"
-    run = Run(asked.out, device, backend, asked.dry_run, asked.budget)
-    run.start(asked.commit)
-    run.all(asked.parts)
-    save(run.results, asked.out / FILE)
-    print(summary(run.results))
-    return int(run.wrong())
+    end = time.monotonic() + asked.budget - _CLOSING
+    wrong = False
+    for number, op in enumerate(asked.ops):
+        share = (end - time.monotonic()) / (len(asked.ops) - number)
+        run = Run(subject(op), asked.out, asked.dry_run, time.monotonic() + share)
+        run.start(asked.commit)
+        run.all(asked.parts)
+        save(run.results, run.file)
+        print(summary(run.results), flush=True)
+        wrong = wrong or run.wrong()
+    return int(wrong)
 
 
 if __name__ == "__main__":

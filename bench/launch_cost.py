@@ -1,58 +1,53 @@
-"""What a call costs in Python, layer by layer: the launcher, the chosen backend, the public name.
+"""What a call costs in Python, layer by layer: the chosen backend, its name, "auto", and peers.
 
 GPU kernels are only enqueued while the clock runs. On a CPU the kernel itself is in the numbers,
-so they are taken on one row.
+so they are taken on few rows.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from bench.cases import VARIANTS, Cell, draw
-from bench.measure import call_on
+from bench.subject import Subject, size
 from bench.timing import Call, Timing, host_time, interleave
-from swathe.kernels.norm import eager
-from swathe.kernels.norm.api import resolve_rms_norm, rms_norm
-from swathe.kernels.norm.contract import EPS
-from swathe.kernels.norm.shapes import Shape
-
-_FORWARD, _BOTH = VARIANTS[0], VARIANTS[1]
 
 
-def ways(shape: Shape, backend: str, device: str) -> dict[str, Call]:
+def ways(of: Subject, shape: Any, backend: str, device: str) -> dict[str, Call]:
     """Every way to call the op on one shape in bf16, by name."""
-    problem = draw(Cell.of(shape, "bfloat16", _FORWARD), device, 0)
-    x, weight = problem.x, problem.weight
-    launcher: dict[str, Call] = {}
-    if backend != "eager":
-        launchers = import_module(f"swathe.kernels.norm._{backend}")
-        launcher["launcher"] = lambda: launchers.forward(x, weight, EPS, 0.0, "llama")
-    choice = resolve_rms_norm(x, weight, backend)
-    both = {
-        "with a Choice, forward+backward": lambda x, w, r: rms_norm(
-            x, w, EPS, implementation=choice
-        ),
-        "F.rms_norm, forward+backward": lambda x, w, r: F.rms_norm(x, w.shape, w, EPS),
+    problem = of.draw(shape, torch.bfloat16, of.forms[0], device, 0)
+    public = of.contract.function
+    chosen = partial(public, implementation=of.choose(problem, backend))
+    first = next(iter(problem.inputs.values()))
+    functions = {
+        "with a Choice": chosen,
+        "by name": partial(public, implementation=backend),
+        "auto": public,
+        "eager": of.eager,
     }
+    for peer in of.peers(device):
+        # one that has no such form says so when it is prepared
+        with suppress(NotImplementedError):
+            functions |= {} if peer.absent else {peer.name: peer.prepare(problem)}
     return {
-        "torch.empty_like": lambda: torch.empty_like(x),
-        **launcher,
-        "with a Choice": lambda: rms_norm(x, weight, EPS, implementation=choice),
-        "by name": lambda: rms_norm(x, weight, EPS, implementation=backend),
-        "auto": lambda: rms_norm(x, weight, EPS),
-        "F.rms_norm": lambda: F.rms_norm(x, weight.shape, weight, EPS),
-        "eager": lambda: eager.rms_norm(x, weight, EPS, 0.0, "llama", None),
-        **{name: call_on(norm, problem, _BOTH) for name, norm in both.items()},
+        "torch.empty_like": lambda: torch.empty_like(first),
+        **{name: problem.call(f, backward=False) for name, f in functions.items()},
+        **{
+            f"{name}, forward+backward": problem.call(functions[name])
+            for name in functions
+            if name not in ("by name", "auto", "eager")
+        },
     }
 
 
-def host_rows(shape: Shape, backend: str, device: str, rounds: int = 15) -> list[dict[str, Any]]:
+def host_rows(
+    of: Subject, shape: Any, backend: str, device: str, rounds: int
+) -> list[dict[str, Any]]:
     """One row for each way: host microseconds, median of interleaved rounds."""
-    calls = ways(shape, backend, device)
+    calls = ways(of, shape, backend, device)
     for call in calls.values():
         call()
     samplers = {name: _sampler(call) for name, call in calls.items()}
@@ -60,7 +55,7 @@ def host_rows(shape: Shape, backend: str, device: str, rounds: int = 15) -> list
     rows = []
     for name, found in samples.items():
         timing = Timing.of(found)
-        facts = {"op": "rms_norm", "shape": shape.name, "M": shape.M, "N": shape.N, "way": name}
+        facts = {"op": of.op, "shape": shape.name, "size": size(shape), "way": name}
         spread = {"min_us": round(timing.least, 2), "max_us": round(timing.most, 2)}
         rows.append({**facts, "median_us": round(timing.median, 2), **spread})
     return rows

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.cases import Cell, Variant, draw, gate, gold
-from bench.contenders import PEER_ERRORS, Contender, Norm
+from bench.cases import DTYPES, Cell, draw, gate, gold
+from bench.contenders import PEER_ERRORS, Contender
+from bench.subject import Subject
 from bench.timing import (
     Call,
     Copy,
+    Product,
     Replay,
     Timing,
     host_time,
@@ -23,40 +23,24 @@ from bench.timing import (
     time_on_cpu,
     time_on_gpu,
 )
-from swathe.kernels.norm.contract import Outputs, Problem
+from swathe.kernels.core.contract import Outputs, Problem
 
 Row = dict[str, Any]
-COPY = "copy"
+COPY, PRODUCT = "copy", "matrix product"
 ROUNDS = {"cpu": 15, "cuda": 40}
+# the columns of a row that holds a timing
+_ROW_KEYS = {
+    *("op", "shape", "size", "dtype", "variant", "backend", "ours", "median_us", "min_us"),
+    *("max_us", "rounds", "samples_us", "gbps", "of_copy", "copy_gbps", "traffic_bytes"),
+    *("host_us", "peak_mib"),
+}
+# and of an op that says how many flops it needs
+_FLOP_KEYS = {"flops", "tflops", "of_product", "product_tflops"}
 
 
-def call_on(norm: Norm, problem: Problem, variant: Variant) -> Callable[[], Outputs]:
-    """A call without arguments: the norm, and its backward where the variant asks for it."""
-    x, weight, r = (
-        None if t is None else t.detach().requires_grad_(variant.backward)
-        for t in (problem.x, problem.weight, problem.residual)
-    )
-    assert x is not None and weight is not None
-    if not variant.backward:
-        return lambda: _named(norm(x, weight, r))
-
-    def both() -> Outputs:
-        outputs = _named(norm(x, weight, r))
-        if r is None:
-            dx, dw = torch.autograd.grad(outputs["y"], (x, weight), problem.dy)
-            return {"y": outputs["y"], "dx": dx, "dw": dw}
-        found, arriving = (outputs["y"], outputs["h"]), (problem.dy, problem.dh)
-        dx, dw, dr = torch.autograd.grad(found, (x, weight, r), arriving)
-        return {**outputs, "dx": dx, "dw": dw, "dr": dr}
-
-    return both
-
-
-def _named(result: Tensor | tuple[Tensor, Tensor]) -> Outputs:
-    if isinstance(result, Tensor):
-        return {"y": result}
-    y, h = result
-    return {"y": y, "h": h}
+def row_keys(of: Subject) -> set[str]:
+    """The columns of a row of this op that holds a timing."""
+    return _ROW_KEYS | (_FLOP_KEYS if of.flops is not None else set())
 
 
 def measure(
@@ -74,22 +58,32 @@ def measure(
 
     A contender whose outputs are off from fp64 gets no timing, only the reason.
     """
-    traffic, variant = cell.traffic(), cell.kind
-    problems = [draw(cell, device, seed + i) for i in range(input_sets(device, traffic))]
-    truth = gold(problems[0], variant.backward)
+    backward = cell.kind.backward
+    problems = [draw(cell, device, seed)]
+    traffic = cell.subject.traffic(problems[0], backward)
+    problems += [draw(cell, device, seed + i) for i in range(1, input_sets(device, traffic))]
+    truth = gold(cell, problems[0])
     calls: dict[str, list[Call]] = {}
     errors: dict[str, str] = {}
     present = [c for c in contenders if not c.absent]
     for contender in present:
-        prepared = _prepared(contender, problems, variant, truth)
+        prepared = _prepared(contender, problems, backward, truth, DTYPES[cell.dtype])
         if isinstance(prepared, str):
             errors[contender.name] = prepared
         else:
             calls[contender.name] = prepared
     del truth
     peaks = {name: peak_bytes(each[0], device) for name, each in calls.items()}
-    hosts = {name: _host(name, each[0], cell, device, present) for name, each in calls.items()}
+    hosts = {
+        c.name: _host(c, calls[c.name][0], problems[0], backward, device)
+        for c in present
+        if c.name in calls
+    }
     calls[COPY] = Copy(traffic, device, len(problems)).calls()
+    flops = cell.subject.flops(problems[0], backward) if cell.subject.flops else None
+    product = Product(flops, DTYPES[cell.dtype], device) if flops else None
+    if product is not None:
+        calls[PRODUCT] = product.calls()
     timings = _timed(calls, errors, device, rounds or ROUNDS[device], seconds)
     rows = []
     for contender in present:
@@ -98,19 +92,25 @@ def measure(
             rows.append({**row, "error": errors[contender.name]})
             continue
         speed = _speed(timings[contender.name], timings[COPY], traffic)
+        if flops and product is not None:
+            ceiling = product.flops / timings[PRODUCT].median / 1e6
+            speed |= _arithmetic(timings[contender.name], flops, ceiling)
         peak = round(peaks[contender.name] / 2**20, 3)
         rows.append({**row, **speed, "host_us": hosts[contender.name], "peak_mib": peak})
     return rows
 
 
 def _prepared(
-    contender: Contender, problems: list[Problem], variant: Variant, truth: Outputs
+    contender: Contender,
+    problems: list[Problem],
+    backward: bool,
+    truth: Outputs,
+    dtype: torch.dtype,
 ) -> list[Call] | str:
-    first = problems[0]
     try:
-        norm = contender.prepare(first.x, first.weight, variant.residual)
-        calls = [call_on(norm, problem, variant) for problem in problems]
-        reason = gate(calls[0](), truth)
+        function = contender.prepare(problems[0])
+        calls = [problem.call(function, backward=backward) for problem in problems]
+        reason = gate(calls[0](), truth, dtype)
     except PEER_ERRORS as error:
         return f"{type(error).__name__}: {error}"[:2000]
     if reason:
@@ -136,21 +136,36 @@ def _timed(
     return time_on_gpu(replays, rounds)
 
 
-def _host(name: str, call: Call, cell: Cell, device: str, present: list[Contender]) -> float | None:
+def _host(
+    contender: Contender, call: Call, problem: Problem, backward: bool, device: str
+) -> float | None:
     """Microseconds of Python a call; on a CPU those of a call on no rows.
 
-    None for torch.compile on a CPU, which would compile once more for no rows.
+    None on a CPU for torch.compile, which would compile once more for no rows, and for ops that
+    need at least one.
     """
     if device == "cuda":
         return round(host_time(call).median, 2)
-    if name == "compile":
+    if contender.name == "compile":
         return None
-    contender = next(c for c in present if c.name == name)
-    problem = draw(replace(cell, M=0), device, 0)
-    norm = contender.prepare(problem.x, problem.weight, cell.kind.residual)
-    empty = call_on(norm, problem, cell.kind)
-    empty()
+    rows = next(iter(problem.inputs.values())).shape[0]
+    none = problem.map(lambda t: t[:0] if t.dim() > 1 and t.shape[0] == rows else t)
+    try:
+        empty = none.call(contender.prepare(none), backward=backward)
+        empty()
+    except PEER_ERRORS:
+        return None
     return round(host_time(empty).median, 2)
+
+
+def _arithmetic(timing: Timing, flops: int, ceiling: float) -> Row:
+    tflops = flops / timing.median / 1e6
+    return {
+        "flops": flops,
+        "tflops": float(f"{tflops:.4g}"),
+        "of_product": round(tflops / ceiling, 4),
+        "product_tflops": float(f"{ceiling:.4g}"),
+    }
 
 
 def _speed(timing: Timing, copy: Timing, traffic: int) -> Row:

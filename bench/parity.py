@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, NAMED, Cell, Variant, draw
-from bench.measure import call_on
-from swathe.kernels.core.testing import BOUNDS, ContractBroken, Report
-from swathe.kernels.norm.api import resolve_rms_norm, rms_norm
-from swathe.kernels.norm.contract import EPS, Outputs, Problem, check_backend, measure
-from swathe.kernels.norm.shapes import EDGES, Shape
+from bench.cases import DTYPES
+from bench.subject import Subject, subject
+from swathe.kernels.core.contract import Case, Contract, Outputs, Problem, bound_of, check, measure
+from swathe.kernels.core.testing import ContractBroken, Report
 
 Row = dict[str, Any]
-FULL = Variant("add forward+backward", True, True)
-PLAIN = Variant("forward+backward", True, False)
-HUGE = (2**19 + 9, 4096)  # 2^31 elements and nine rows
 HUGE_BYTES = 32 << 30
 
 
@@ -38,61 +34,58 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def parity_on_edges(backend: str, device: str, dtype: str, casting: Any) -> list[Row]:
-    """The public contract over the shapes that tests use."""
-    found: Report | None = None
-    error = None
+def groups(contract: Contract) -> list[str]:
+    """The groups of an op's cases, in their order."""
+    found = (case.group for case in contract.cases(torch.float32, "cpu", 0))
+    return list(dict.fromkeys(found))
+
+
+def parity_on_edges(op: str, backend: str, device: str, dtype: str, group: str) -> list[Row]:
+    """The contract over the edge shapes: a row for each output, and one that says what broke."""
+    contract, found, error = subject(op).contract, None, None
     with poisoned():
         try:
-            found = check_backend(
-                backend, device=device, dtypes=(DTYPES[dtype],), castings=(casting,), shapes=EDGES
-            )
+            found = check(contract, backend, device=device, dtypes=[DTYPES[dtype]], groups=[group])
         except ContractBroken as broken:
             error = str(broken)
-    return _rows("edges", backend, dtype, casting, found, error)
+    return _rows(op, "edges", backend, dtype, found, error)
 
 
-def parity_on(
-    backend: str, device: str, dtype: str, casting: Any, shapes: tuple[str, ...]
-) -> list[Row]:
+def parity_on(op: str, backend: str, device: str, dtype: str, shapes: list[str]) -> list[Row]:
     """The same measure over large shapes, whose inputs are drawn on the device itself."""
-    report = Report(f"rms_norm on {backend!r} ({device}), casting {casting}")
+    of = subject(op)
+    report = Report(f"{op} on {backend!r} ({device})")
     error = None
     with poisoned():
         for index, name in enumerate(shapes):
-            cell = Cell.of(NAMED[name], dtype, FULL if index % 2 else PLAIN)
-            measure(report, draw(cell, device, index, casting), backend)
+            form = of.forms[index % len(of.forms)]
+            problem = of.draw(of.shape(name), DTYPES[dtype], form, device, index)
+            measure(of.contract, report, Case("", problem), backend)
         try:
-            report.settle(BOUNDS["row-wise"])
+            report.settle(partial(bound_of, of.contract))
         except ContractBroken as broken:
             error = str(broken)
-    return _rows("large", backend, dtype, casting, report, error)
+    return _rows(op, "large", backend, dtype, report, error)
 
 
 def _rows(
-    shapes: str, backend: str, dtype: str, casting: str, report: Report | None, error: str | None
+    op: str, shapes: str, backend: str, dtype: str, report: Report | None, error: str | None
 ) -> list[Row]:
-    facts = {"op": "rms_norm", "shapes": shapes, "backend": backend, "dtype": dtype}
-    facts["casting"] = casting
-    ratios = [
-        {**facts, **row, "output": str(row["output"]).split()[0]}
-        for row in (report.rows() if report else [])
-    ]
+    facts = {"op": op, "shapes": shapes, "backend": backend, "dtype": dtype}
+    ratios = [{**facts, **row} for row in (report.rows() if report else [])]
     return [*ratios, {**facts, "error": error}] if error else ratios
 
 
-Run = Callable[[], Outputs]
+def drawn(of: Subject, device: str, shape: Any, seed: int, form: str | None = None) -> Problem:
+    """A bf16 problem of the last form, the one with the most inputs, unless another is named."""
+    chosen = of.forms[-1] if form is None else form
+    return of.draw(shape, torch.bfloat16, chosen, device, seed)
 
 
-def run_of(backend: str, problem: Problem) -> Run:
-    """Forward and backward of a backend on one problem."""
-    r = problem.residual
-    choice = resolve_rms_norm(problem.x, problem.weight, backend, residual=r is not None)
-
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-        return rms_norm(x, weight, EPS, residual=residual, implementation=choice)
-
-    return call_on(norm, problem, FULL if r is not None else PLAIN)
+def run_of(of: Subject, backend: str, problem: Problem) -> Callable[[], Outputs]:
+    """Forward and backward of a backend on one problem, chosen once."""
+    function = partial(of.contract.function, implementation=of.choose(problem, backend))
+    return lambda: problem.run(function)
 
 
 def different(a: Outputs, b: Outputs) -> list[str]:
@@ -104,10 +97,10 @@ def different(a: Outputs, b: Outputs) -> list[str]:
     ]
 
 
-def reruns(backend: str, device: str, shape: Shape, times: int) -> str:
-    """Bitwise the same results in `times` reruns."""
-    run = run_of(backend, draw(Cell.of(shape, "bfloat16", FULL), device, 1))
-    first = run()
+def reruns(of: Subject, backend: str, device: str, shape: Any, dry: bool) -> str:
+    """Bitwise the same results in a hundred reruns."""
+    run = run_of(of, backend, drawn(of, device, shape, 1))
+    first, times = run(), 4 if dry else 100
     for index in range(times):
         found = different(first, run())
         if found:
@@ -115,11 +108,10 @@ def reruns(backend: str, device: str, shape: Shape, times: int) -> str:
     return "ok"
 
 
-def graph_replay(backend: str, device: str, shape: Shape) -> str:
+def graph_replay(of: Subject, backend: str, device: str, shape: Any, dry: bool) -> str:
     """A captured forward and backward, replayed on other inputs, gives what a direct call gives."""
-    cell = Cell.of(shape, "bfloat16", FULL)
-    held, fresh = draw(cell, device, 2), draw(cell, device, 3)
-    run = run_of(backend, held)
+    held, fresh = drawn(of, device, shape, 2), drawn(of, device, shape, 3)
+    run = run_of(of, backend, held)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -129,76 +121,62 @@ def graph_replay(backend: str, device: str, shape: Shape) -> str:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = run()
-    for name in ("x", "residual", "weight", "dy", "dh"):
-        getattr(held, name).detach().copy_(getattr(fresh, name))
+    for kept, new in zip(_tensors(held), _tensors(fresh), strict=True):
+        kept.copy_(new)
     graph.replay()
     torch.cuda.synchronize()
-    return "; ".join(different(outputs, run_of(backend, fresh)())) or "ok"
+    return "; ".join(different(outputs, run_of(of, backend, fresh)())) or "ok"
 
 
-def other_stream(backend: str, device: str, shape: Shape) -> str:
-    """On a side stream the kernels wait for that stream: x is written there 25 ms late."""
-    problem = draw(Cell.of(shape, "bfloat16", PLAIN), device, 4)
-    expected = run_of(backend, problem)()
-    x = problem.x.clone()
-    problem.x.fill_(torch.nan)
+def _tensors(problem: Problem) -> list[Tensor]:
+    values = (*problem.inputs.values(), *problem.arriving.values(), *problem.options.values())
+    return [t.detach() for t in values if isinstance(t, Tensor)]
+
+
+def other_stream(of: Subject, backend: str, device: str, shape: Any, dry: bool) -> str:
+    """On a side stream the kernels wait for that stream: inputs are written there 25 ms late."""
+    problem = drawn(of, device, shape, 4, of.forms[0])
+    expected = run_of(of, backend, problem)()
+    first = next(iter(problem.inputs.values()))
+    kept = first.clone()
+    first.fill_(torch.nan)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(50_000_000)
-        problem.x.copy_(x)
-        found = run_of(backend, problem)()
+        first.copy_(kept)
+        found = run_of(of, backend, problem)()
     torch.cuda.synchronize()
     return "; ".join(different(expected, found)) or "ok"
 
 
-def layouts(backend: str, device: str, shape: Shape) -> str:
+def layouts(of: Subject, backend: str, device: str, shape: Any, dry: bool) -> str:
     """Rows that lie apart and start at odd addresses give what contiguous rows give."""
-    problem = draw(Cell.of(shape, "bfloat16", FULL), device, 5)
-    expected = run_of(backend, problem)()
-    apart = {}
-    for name in ("x", "residual", "dy", "dh"):
-        rows = getattr(problem, name)
-        wide = torch.full((shape.M, shape.N + 3), torch.nan, dtype=rows.dtype, device=device)
-        wide[:, 1:-2] = rows
-        apart[name] = wide[:, 1:-2]
-    found = run_of(backend, Problem(weight=problem.weight, offset=0.0, casting="llama", **apart))()
-    return "; ".join(different(expected, found)) or "ok"
+    problem = drawn(of, device, shape, 5)
+    expected = run_of(of, backend, problem)()
+    apart = problem.map(lambda t: _apart(t) if t.dim() > 1 and t.is_floating_point() else t)
+    return "; ".join(different(expected, run_of(of, backend, apart)())) or "ok"
 
 
-def compiled(backend: str, device: str, shape: Shape) -> str:
-    """torch.compile(fullgraph=True) around the public function changes no bit of y and dx."""
-    problem = draw(Cell.of(shape, "bfloat16", PLAIN), device, 6)
-    expected = run_of(backend, problem)()
+def _apart(rows: Tensor) -> Tensor:
+    wide = rows.new_full((*rows.shape[:-1], rows.shape[-1] + 3), torch.nan)
+    wide[..., 1:-2] = rows
+    return wide[..., 1:-2]
+
+
+def compiled(of: Subject, backend: str, device: str, shape: Any, dry: bool) -> str:
+    """torch.compile(fullgraph=True) around the public function changes no bit."""
+    problem = drawn(of, device, shape, 6, of.forms[0])
+    expected = run_of(of, backend, problem)()
     torch._dynamo.reset()
-
-    @torch.compile(fullgraph=True)
-    def norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> Any:
-        return rms_norm(x, weight, EPS, implementation=backend)
-
-    return "; ".join(different(expected, call_on(norm, problem, PLAIN)())) or "ok"
+    function = torch.compile(of.contract.on(backend), fullgraph=True)
+    return "; ".join(different(expected, problem.run(function))) or "ok"
 
 
-def huge(backend: str, device: str, rows: int, columns: int) -> str:
-    """Past 2^31 elements: rows at both ends are those of a small call, dw is the fp64 sum."""
-    generator = torch.Generator(device).manual_seed(7)
-    x, dy = (
-        torch.randn(rows, columns, dtype=torch.bfloat16, device=device, generator=generator)
-        for _ in range(2)
-    )
-    weight = torch.randn(columns, dtype=torch.bfloat16, device=device, generator=generator)
-    found = run_of(backend, Problem(x, weight, dy, None, None, 0.0, "llama"))()
-    wrong = []
-    for part in (slice(0, 8), slice(rows - 16, rows)):
-        small = run_of(backend, Problem(x[part], weight, dy[part], None, None, 0.0, "llama"))()
-        for name in ("y", "dx"):
-            if not torch.equal(small[name], found[name][part]):
-                wrong.append(f"{name} differs in rows {part.start} to {part.stop}")
-    dw = torch.zeros(columns, dtype=torch.float64, device=device)
-    for start in range(0, rows, 32768):
-        h = x[start : start + 32768].double()
-        h *= torch.rsqrt(h.square().mean(-1, keepdim=True) + EPS)
-        dw += (h * dy[start : start + 32768]).sum(0)
-    error = ((found["dw"].double() - dw).norm() / dw.norm()).item()
-    if not error < 4e-3:
-        wrong.append(f"dw: relative error {error:.3g}, allowed 0.004")
-    return "; ".join(wrong) or "ok"
+CHECKS: dict[str, Callable[[Subject, str, str, Any, bool], str]] = {
+    "100 reruns": reruns,
+    "CUDA graph": graph_replay,
+    "side stream": other_stream,
+    "rows apart": layouts,
+    "torch.compile": compiled,
+}
+NEED_A_GPU = frozenset({"CUDA graph", "side stream", "torch.compile"})

@@ -16,7 +16,7 @@ import torch
 import swathe
 from swathe.kernels.core.cpp import isa, why_unavailable
 
-SCHEMA = 1
+SCHEMA = 2
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "numpy")
 

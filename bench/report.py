@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def worst(results: Document) -> str:
             found = against_best(cells)
             if found:
                 row = next(r for r in cells.values() if r["ours"])
-                name = f"{shape} ({row['M']} x {row['N']}) {dtype} {variant}"
+                name = f"{shape} ({row['size']}) {dtype} {variant}"
                 ranked.append((found[0], found[1], name))
     if not ranked:
         return "worst cell: none (no cell has both ours and a peer)"
@@ -83,9 +84,14 @@ def worst(results: Document) -> str:
 
 
 def _us(row: Row | None) -> str:
-    if row is None:
+    if row is None or _unserved(row):
         return "-"
     return f"{row['median_us']:.1f}" if "median_us" in row else "failed"
+
+
+def _unserved(row: Row) -> bool:
+    """A peer that has no such form says so when it is prepared; that is no failure."""
+    return not row["ours"] and row.get("error", "").startswith("NotImplementedError: ")
 
 
 def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
@@ -97,14 +103,34 @@ def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
         body.append(
             [
                 shape,
-                f"{first['M']} x {first['N']}",
+                first["size"],
                 *(_us(cells.get(name)) for name in names),
                 f"{ours['gbps']:.{1 if ours['gbps'] < 100 else 0}f}" if ours else "-",
                 f"{ours['of_copy']:.2f}" if ours else "-",
+                *(_flops(ours) if any("tflops" in row for row in cells.values()) else ()),
                 f"{found[0]:.2f} {found[1]}" if found else "-",
             ]
         )
     return body
+
+
+def _flops(ours: Row | None) -> tuple[str, str]:
+    return (f"{ours['tflops']:.0f}", f"{ours['of_product']:.2f}") if ours else ("-", "-")
+
+
+def beside_each(results: Document) -> list[str]:
+    """Time of ours over each peer's: median and worst of the cells that both serve."""
+    ratios: dict[str, list[float]] = {}
+    for group in groups(results).values():
+        for cells in group.values():
+            ours = next((r for r in cells.values() if r["ours"] and "median_us" in r), None)
+            for name, row in cells.items():
+                if ours and not row["ours"] and "median_us" in row:
+                    ratios.setdefault(name, []).append(ours["median_us"] / row["median_us"])
+    return [
+        f"  {name}: {statistics.median(found):.2f}, at worst {max(found):.2f} ({len(found)} cells)"
+        for name, found in ratios.items()
+    ]
 
 
 def _aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -131,24 +157,35 @@ def where(results: Document) -> str:
 def tables(results: Document) -> str:
     """Every benchmark table as text."""
     names = backends(results)
-    head = ["shape", "M x N", *names, "GB/s", "of copy", "time / best peer"]
+    counted = any("tflops" in row for row in results["benchmarks"])
+    arithmetic = ["TFLOP/s", "of product"] * counted
+    head = ["shape", "size", *names, "GB/s", "of copy", *arithmetic, "time / best peer"]
     # the longest tables last: the end of a log is what is read
     ordered = sorted(groups(results).items(), key=lambda item: len(item[1]))
     parts = [
-        f"{dtype}, {variant}, us\n{_aligned(head, _body(group, names))}"
+        f"{results['op']}: {dtype}, {variant}, us\n{_aligned(head, _body(group, names))}"
         for (dtype, variant), group in ordered
     ]
     fastest = max((r.get("copy_gbps", 0.0) for r in results["benchmarks"]), default=0.0)
     ceiling = f"copy: up to {fastest:.0f} GB/s; each cell is held to a copy of its own traffic"
+    fastest = max((r.get("product_tflops", 0.0) for r in results["benchmarks"]), default=0.0)
+    ceiling += f"\nmatrix product: up to {fastest:.0f} TFLOP/s" * counted
+    beside = beside_each(results)
+    if beside:
+        parts.append("\n".join(["time of ours over that of each peer", *beside]))
     return "\n\n".join([*parts, f"{ceiling}\n{worst(results)}"])
 
 
 def _parity(results: Document) -> str:
-    head = ["shapes", "output", "dtype", "casting", "rho_ideal", "rho_eager", "elements"]
+    head = ["shapes", "output", "dtype", "rho_ideal", "rho_eager", "elements"]
     body = [
         [str(row[name]) for name in head] for row in results.get("parity", []) if "output" in row
     ]
-    return f"parity of {results['parity'][0]['backend']}\n{_aligned(head, body)}" if body else ""
+    return (
+        f"{results['op']}: parity of {results['parity'][0]['backend']}\n{_aligned(head, body)}"
+        if body
+        else ""
+    )
 
 
 def _host(results: Document) -> str:
@@ -167,14 +204,14 @@ def _troubles(results: Document) -> list[str]:
         for row in results.get("failed", [])
     ]
     found += [
-        f"contract {r['shapes']} {r['dtype']} {r['casting']}: {r['error'][:600]}"
+        f"contract {r['shapes']} {r['dtype']}: {r['error'][:600]}"
         for r in results.get("parity", [])
         if r.get("error")
     ]
     found += [
         f"{r['backend']} on {r['shape']} {r['dtype']} {r['variant']}: {r['error'].splitlines()[0]}"
         for r in results["benchmarks"]
-        if r.get("error")
+        if r.get("error") and not _unserved(r)
     ]
     return found
 
@@ -187,7 +224,7 @@ def summary(results: Document) -> str:
     skipped = [
         f"  {u['kind']} {u.get('name') or u.get('shape', '')} {u.get('dtype', '')}"
         if not isinstance(u.get("shapes"), list)
-        else f"  parity large {u['dtype']} {u['casting']}"
+        else f"  parity large {u['dtype']}"
         for u in results.get("skipped", [])
     ]
     load = results["device"].get("load", 0.0)
@@ -215,12 +252,12 @@ def summary(results: Document) -> str:
 def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
     """The tables for README: microseconds a call, medians; ours over the fastest peer last."""
     names = backends(results)
-    head = ["rows x columns", *names, "of copy", "best peer / ours"]
+    head = ["size", *names, "of copy", "best peer / ours"]
     parts = []
     for (dtype, variant), group in groups(results).items():
         if variants is not None and variant not in variants:
             continue
-        lines = [f"RMSNorm {variant}, {dtype}, microseconds:", "", _line(head)]
+        lines = [f"`{results['op']}` {variant}, {dtype}, microseconds:", "", _line(head)]
         lines.append(_line(["---", *["---:"] * (len(head) - 1)]))
         for cells in group.values():
             first = next(iter(cells.values()))
@@ -229,7 +266,7 @@ def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
             ratio = f"{1 / found[0]:.2f} ({found[1]})" if found else "-"
             of_copy = f"{ours['of_copy']:.2f}" if ours else "-"
             times = [_us(cells.get(name)) for name in names]
-            lines.append(_line([f"{first['M']} x {first['N']}", *times, of_copy, ratio]))
+            lines.append(_line([first["size"], *times, of_copy, ratio]))
         parts.append("\n".join(lines))
     machine = where(results)
     return "\n\n".join(

@@ -1,7 +1,8 @@
 """How time is taken: interleaved rounds, cold caches on a GPU, host time, peak memory.
 
 Contenders run in rounds, in an order that moves on by one every round, so that a change of clock
-or a noisy neighbour falls on all of them. The copy of the same number of bytes is one of them.
+or a noisy neighbour falls on all of them. The copy of the same number of bytes is one of them, and
+a matrix product where an op is bound by flops.
 
 CPU      a sample is a loop of calls of at least SAMPLE seconds; caches are as the loop leaves them,
          and outputs are allocated by each call, as in a model (the copy writes to memory it has).
@@ -221,3 +222,18 @@ class Copy:
     def calls(self) -> list[Call]:
         """One call for each pair of buffers."""
         return [partial(target.copy_, source) for source, target in self.pairs]
+
+
+class Product:
+    """A matrix product of about as many flops as an op needs, up to what keeps any GPU busy."""
+
+    def __init__(self, flops: int, dtype: torch.dtype, device: str) -> None:
+        most = 8192 if device == "cuda" else 512
+        size = max(64, min(most, round((flops / 2) ** (1 / 3)) // 64 * 64))
+        self.flops = 2 * size**3
+        self.factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+        self.result = torch.empty(size, size, dtype=dtype, device=device)
+
+    def calls(self) -> list[Call]:
+        """One call."""
+        return [partial(torch.mm, *self.factors, out=self.result)]

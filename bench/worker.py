@@ -18,71 +18,79 @@ from typing import Any
 import torch
 
 from bench import parity
-from bench.cases import NAMED, VARIANTS, Cell, draw
+from bench.cases import Cell
 from bench.contenders import contenders
 from bench.launch_cost import host_rows
 from bench.measure import measure
-from swathe.kernels.norm.shapes import Shape
+from bench.subject import subject
 
 Row = dict[str, Any]
 Unit = dict[str, Any]
 
 
 def probe(unit: Unit) -> Iterator[Row]:
-    """One kernel on a tiny problem, forward and backward: does it compile, run and come back."""
-    shape = Shape("probe", unit["M"], unit["N"])
-    kind = parity.FULL if unit["residual"] else parity.PLAIN
-    parity.run_of(unit["backend"], draw(Cell.of(shape, "bfloat16", kind), unit["device"], 0))()
+    """One kernel on a small problem, forward and backward: does it compile, run and come back."""
+    of = subject(unit["op"])
+    problem = parity.drawn(of, unit["device"], of.probes[unit["probe"]], 0, unit["form"])
+    parity.run_of(of, unit["backend"], problem)()
     if unit["device"] == "cuda":
         torch.cuda.synchronize()
     yield {"check": unit["name"], "backend": unit["backend"], "result": "ok"}
 
 
 def contract(unit: Unit) -> Iterator[Row]:
-    """Parity rows of one dtype and casting."""
-    arguments = (unit["backend"], unit["device"], unit["dtype"], unit["casting"])
+    """Parity rows of one dtype and group."""
+    arguments = (unit["op"], unit["backend"], unit["device"], unit["dtype"])
     if unit["shapes"] == "edges":
-        yield from parity.parity_on_edges(*arguments)
+        yield from parity.parity_on_edges(*arguments, unit["group"])
     else:
-        yield from parity.parity_on(*arguments, tuple(unit["shapes"]))
+        yield from parity.parity_on(*arguments, unit["shapes"])
 
 
 def check(unit: Unit) -> Iterator[Row]:
     """One check of parity.py, or the reason why it cannot run here."""
-    reason = _why_not(unit)
-    if reason is None:
-        function: Callable[..., str] = getattr(parity, unit["function"])
-        arguments = unit["arguments"]
-        if "shape" in arguments:
-            arguments = {**arguments, "shape": Shape(*arguments["shape"])}
-        with parity.poisoned():
-            result = function(unit["backend"], unit["device"], **arguments)
-    else:
+    of, reason = subject(unit["op"]), _why_not(unit)
+    where = (unit["backend"], unit["device"])
+    if reason is not None:
         result = f"not run: {reason}"
+    else:
+        with parity.poisoned():
+            if unit["check"] in of.more:
+                result = of.more[unit["check"]](*where, unit["dry"])
+            elif unit["check"] == "huge":
+                assert of.huge is not None
+                result = of.huge(*where, unit["dry"])
+            else:
+                shape = of.shape(unit["shape"])
+                result = parity.CHECKS[unit["check"]](of, *where, shape, unit["dry"])
     yield {"check": unit["name"], "backend": unit["backend"], "result": result}
 
 
 def _why_not(unit: Unit) -> str | None:
     if unit["device"] != "cuda":
         return "needs a GPU" if unit["gpu_only"] else None
-    free, needed = torch.cuda.mem_get_info()[0], unit.get("bytes", 0)
+    free, needed = torch.cuda.mem_get_info()[0], unit["bytes"]
     return None if free >= needed else f"{free >> 30} GiB are free, {needed >> 30} are needed"
 
 
 def bench(unit: Unit) -> Iterator[Row]:
     """All variants of one shape and dtype, every contender beside the others."""
-    chosen = contenders(unit["device"], compiled=unit["compiled"])
+    of, device = subject(unit["op"]), unit["device"]
+    chosen = contenders(of, device, compiled=unit["compiled"])
     chosen = [c for c in chosen if c.name not in unit["without"]]
-    for variant in VARIANTS:
-        cell = Cell.of(NAMED[unit["shape"]], unit["dtype"], variant)
-        yield from measure(cell, unit["device"], chosen, rounds=unit["rounds"])
-        if unit["device"] == "cuda":
+    shape = of.shape(unit["shape"])
+    for variant in of.variants_of(shape):
+        cell = Cell.of(of.op, shape, unit["dtype"], variant)
+        yield from measure(cell, device, chosen, rounds=unit["rounds"])
+        if device == "cuda":
             torch.cuda.empty_cache()
 
 
 def host(unit: Unit) -> Iterator[Row]:
     """Host microseconds of each way to call the op."""
-    yield from host_rows(NAMED[unit["shape"]], unit["backend"], unit["device"])
+    of = subject(unit["op"])
+    where = (of.shape(unit["shape"]), unit["backend"], unit["device"])
+    yield from host_rows(of, *where, rounds=unit["rounds"])
 
 
 KINDS: dict[str, Callable[[Unit], Iterator[Row]]] = {

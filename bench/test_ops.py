@@ -1,4 +1,4 @@
-"""RMSNorm under pytest-benchmark: `pytest bench/`, results by `--benchmark-json FILE`.
+"""Every op under pytest-benchmark: `pytest bench/`, results by `--benchmark-json FILE`.
 
 The contenders of a cell are measured together, round by round, when the first of them comes up;
 pytest-benchmark then gets each one's own samples through a clock that plays them back. So its
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import CPU_SHAPES, GPU_SHAPES, VARIANTS, Cell
+from bench.cases import Cell
 from bench.contenders import Contender, contenders
 from bench.measure import Row, measure
+from bench.subject import OPS, subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SECONDS = 2.0  # for the rounds of one cell on a CPU, beyond the first few
-CONTENDERS = contenders(DEVICE)
 
 pytestmark = [
     # torch's own, raised while Inductor is imported
@@ -45,23 +45,31 @@ CLOCK = Playback()
 
 
 def cells(every: bool) -> list[Cell]:
-    """The cells in the order of the report: contenders of a cell stand together."""
-    shapes = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
-    dtypes = ("float32", "bfloat16") if DEVICE == "cpu" else ("bfloat16",)
-    return [
-        Cell.of(shape, dtype, variant)
-        for shape in shapes
-        for dtype in dtypes
-        for variant in VARIANTS
-        # llama_1b shows what the residual costs; the rest of its cells take minutes to compile
-        if every or not variant.residual or shape.name == "llama_1b"
-    ]
+    """The cells in the order of the report: contenders of a cell stand together.
+
+    On a CPU, the ops that have a backend for one.
+    """
+    found = []
+    for op in OPS:
+        of = subject(op)
+        if not any(c.ours for c in contenders(of, DEVICE)):
+            continue
+        dtypes = ("float32", "bfloat16") if DEVICE == "cpu" else ("bfloat16",)
+        found += [
+            Cell.of(op, shape, dtype, variant)
+            for shape in (of.cpu if DEVICE == "cpu" else of.gpu)
+            for dtype in dtypes
+            for variant in of.variants_of(shape)
+            # one model shows what the other forms cost; the rest takes minutes to compile
+            if every or variant.form == of.forms[0] or shape.name == "llama_1b"
+        ]
+    return found
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
         chosen = cells(metafunc.config.getoption("--cells") == "all")
-        pairs = [(cell, contender) for cell in chosen for contender in CONTENDERS]
+        pairs = [(cell, one) for cell in chosen for one in contenders(cell.subject, DEVICE)]
         ids = [f"{cell}-{contender.name}".replace(" ", "_") for cell, contender in pairs]
         metafunc.parametrize(("cell", "contender"), pairs, ids=ids)
 
@@ -69,13 +77,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def rows_of(cell: Cell) -> dict[str, Row]:
     """The cell's rows by contender, measured once."""
     if cell not in _measured:
-        rows = measure(cell, DEVICE, CONTENDERS, seconds=SECONDS)
+        everyone = contenders(cell.subject, DEVICE)
+        rows = measure(cell, DEVICE, everyone, seconds=SECONDS)
         _measured[cell] = {row["backend"]: row for row in rows}
     return _measured[cell]
 
 
 @pytest.mark.benchmark(timer=CLOCK)
-def test_rms_norm(benchmark: Any, cell: Cell, contender: Contender) -> None:
+def test_op(benchmark: Any, cell: Cell, contender: Contender) -> None:
     if contender.absent:
         pytest.skip(f"{contender.name}: {contender.absent}")
     row = rows_of(cell)[contender.name]
