@@ -71,3 +71,13 @@ def test_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     swathe.LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"README example {number}", "exec"), {})
+
+
+def test_every_function_is_listed_and_every_listed_one_exists() -> None:
+    import swathe
+    from bench.subject import OPS
+
+    listed = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert set(listed) == set(OPS)
+    named = re.findall(r"`swathe\.(\w+)", README)
+    assert all(hasattr(swathe, name) for name in (*listed, *named))

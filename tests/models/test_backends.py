@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import swathe.modeling.families.llama.modeling_llama as llama
-from swathe.kernels.attention.api import Mask, register_attention
+from swathe.kernels.attention.api import AttentionSpec, Mask, register_attention
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import unregister_backend
 from swathe.kernels.core.spec import ANY, FLOATS, Capabilities
@@ -49,7 +49,7 @@ def test_auto_and_named_backends() -> None:
     assert set(used(model).values()) <= {"sdpa", "cpp", "eager"}
     eager = build(kernels="eager")
     assert set(used(eager).values()) == {"eager"}
-    assert len(used(eager)) == 3 * TINY["num_hidden_layers"] + 1
+    assert len(used(eager)) == 4 * TINY["num_hidden_layers"] + 2
     torch.testing.assert_close(model(IDS).logits, eager(IDS).logits, atol=1e-6, rtol=1e-5)
     mixed = build(kernels="eager", attn_implementation="sdpa")
     assert used(mixed)["model.norm"] == "eager"
@@ -87,12 +87,12 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "attention": (
         lambda m: m.set_attn_implementation("foo"),
         r'^Specified attn_implementation="foo" is not supported; allowed: '
-        r"\['auto', 'eager', 'sdpa'\]",
+        r"\['auto', 'eager', 'sdpa', 'triton'\]",
     ),
     "typo": (lambda m: m.set_attn_implementation("sdap"), r"\(did you mean 'sdpa'\?\)"),
-    "triton": (
-        lambda m: m.set_attn_implementation("triton"),
-        r'^Specified attn_implementation="triton" is not supported; allowed: .*eager.*sdpa',
+    "another library's": (
+        lambda m: m.set_attn_implementation("flash_attention_2"),
+        r'^Specified attn_implementation="flash_attention_2" is not supported; allowed: .*triton',
     ),
     "norm": (
         lambda m: m.set_kernels(norm="egaer"),
@@ -135,8 +135,8 @@ def test_a_named_backend_that_cannot_serve_raises() -> None:
 def test_third_party_attention_sees_the_padding() -> None:
     seen: list[Mask] = []
 
-    def mine(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
-        seen.append(mask)
+    def mine(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        seen.append(spec.mask)
         return q.transpose(1, 2)
 
     register_attention("mine", mine, Capabilities(frozenset({"cpu"}), FLOATS, {"grouped": ANY}))
@@ -179,7 +179,7 @@ def test_report() -> None:
     assert lines[0].split()[:4] == ["model.layers.*.self_attn", "3", "attention", "eager"]
     assert "asked for 'eager'" in lines[0]
     rows = json.loads(model.kernel_report().to_json())
-    assert len(rows) == 10 and rows[0]["module"] == "model.layers.0.self_attn"
+    assert len(rows) == 14 and rows[0]["module"] == "model.layers.0.self_attn"
     assert set(rows[0]) == {"module", "op", "backend", "why", "skipped"}
     double = json.loads(model.double().kernel_report().to_json())
     skipped = {k: v for row in double for k, v in row["skipped"].items()}
@@ -238,7 +238,7 @@ LOADING: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"no argument 'atn_implementation' \(did you mean 'attn_implementation'\?\)",
     ),
     "field": ({"hiden_size": 8}, TypeError, r"\(did you mean 'hidden_size'\?\)"),
-    "backend": ({"attn_implementation": "triton"}, ValueError, "^Specified attn_implementation"),
+    "backend": ({"attn_implementation": "flash"}, ValueError, "^Specified attn_implementation"),
     "spread": ({"device_map": "auto"}, ValueError, "device_map='auto' names no device"),
     "split": ({"device_map": {"a": 0, "b": 1}}, ValueError, "splitting a model over devices"),
     "device kind": ({"device_map": 1.5}, TypeError, "must name one device"),

@@ -179,7 +179,7 @@ def test_frequencies_are_bitwise_hugging_faces(parameters: dict[str, Any] | None
     positions = torch.arange(5000, 5100)[None]
     for dtype in (torch.float32, torch.bfloat16):
         expected = theirs(torch.empty(1, dtype=dtype), positions)
-        for ours, other in zip(mine.to(dtype)(positions, dtype), expected, strict=True):
+        for ours, other in zip(mine.to(dtype)(positions, dtype)[:2], expected, strict=True):
             assert ours.dtype == dtype and torch.equal(ours, other)
 
 

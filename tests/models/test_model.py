@@ -164,7 +164,11 @@ def test_wrong_inputs() -> None:
         (lambda: model(ids + 90), ValueError, "vocab_size=99, so ids must be 0 to 98"),
         (lambda: model(inputs_embeds=torch.ones(2, 3, 63)), ValueError, "hidden_size=64"),
         (lambda: model(ids, position_ids=ids[:, :3]), ValueError, r"need \(2, 11\) or \(1, 11\)"),
-        (lambda: model(ids, past_key_values=((),)), TypeError, "must be a DynamicCache or None"),
+        (
+            lambda: model(ids, past_key_values=((),)),
+            TypeError,
+            "must be a DynamicCache, a StaticCache or None",
+        ),
         (lambda: model(ids, logits_to_keep=-1), ValueError, "logits_to_keep=-1"),
         (
             lambda: model(ids, attn_mask=ids),

@@ -14,17 +14,6 @@ from support.machine_code import TARGETS
 from swathe.kernels.norm import _triton as norm
 
 
-@pytest.fixture(autouse=True)
-def _fresh_launchers() -> Iterator[None]:
-    # compiled kernels belong to the fake device that they were compiled for
-    launchers = [v for v in vars(norm).values() if isinstance(v, norm.Launcher)]
-    for launcher in launchers:
-        launcher._compiled.clear()
-    yield
-    for launcher in launchers:
-        launcher._compiled.clear()
-
-
 @pytest.fixture
 def gpu() -> Iterator[FakeGpu]:
     with fake_gpu("sm_90") as device:

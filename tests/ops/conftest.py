@@ -19,7 +19,7 @@ def _poisoned_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=fused_backends())
-def backend(request: pytest.FixtureRequest) -> str:
-    """Every fused backend of the norm that runs on the device under test."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend`: every fused backend of the test module's OP that runs on the device under test."""
+    if "backend" in metafunc.fixturenames and hasattr(metafunc.module, "OP"):
+        metafunc.parametrize("backend", fused_backends(metafunc.module.OP))

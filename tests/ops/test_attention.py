@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from swathe.kernels.attention.api import (
+    AttentionSpec,
     Mask,
     attention,
     attention_with_weights,
@@ -20,7 +22,7 @@ from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import unregister_backend
 from swathe.kernels.core.spec import ANY, FLOATS, Capabilities
 
-BACKENDS = ("eager", "sdpa")
+BACKENDS = ("eager", "sdpa", "triton")
 B, H, T, S, D = 3, 4, 5, 8, 16
 
 
@@ -42,9 +44,20 @@ def visible_by_definition(mask: Mask, queries: int = T, keys: int = S) -> Tensor
     visible = torch.ones(B, H, queries, keys, dtype=torch.bool)
     for b, h, t, s in product(range(B), range(H), range(queries), range(keys)):
         position = t + keys - queries
-        row = lambda bound, b=b, t=t: int(bound[b] if bound.dim() == 1 else bound[b][t])  # noqa: E731
+
+        def row(bound: Tensor | None, b: int = b, t: int = t) -> int:
+            if bound is None:
+                return 0
+            return int(bound[b] if bound.dim() == 1 else bound[b][t])
+
+        def chunk_of(at: int, b: int, t: int) -> int:
+            assert mask.chunk is not None
+            return (at - row(mask.start, b, t)) // mask.chunk
+
         visible[b, h, t, s] = (
-            (not mask.causal or s <= position)
+            (not mask.causal or s <= position or s < row(mask.start) + row(mask.prefix))
+            and (mask.ahead is None or s <= position + mask.ahead)
+            and (mask.chunk is None or chunk_of(s, b, t) == chunk_of(position, b, t))
             and (mask.window is None or s > position - mask.window)
             and (mask.start is None or s >= row(mask.start))
             and (mask.end is None or s < row(mask.end))
@@ -74,6 +87,15 @@ def _masks() -> dict[str, Callable[[], Mask]]:
         "full": lambda: Mask(),
         "causal": lambda: Mask(causal=True),
         "window": lambda: Mask(causal=True, window=3),
+        "both sides": lambda: Mask(window=2, ahead=1),
+        "chunks": lambda: Mask(causal=True, chunk=3),
+        "chunks that look ahead": lambda: Mask(chunk=3, start=left),
+        "chunks after padding": lambda: Mask(causal=True, chunk=3, start=left),
+        "prompt": lambda: Mask(causal=True, prefix=torch.tensor([0, 5, 8])),
+        "prompt after padding": lambda: Mask(
+            causal=True, prefix=torch.tensor([6, 5, 3]), start=left
+        ),
+        "prompt, window": lambda: Mask(causal=True, prefix=torch.tensor([0, 5, 8]), window=4),
         "left padding": lambda: Mask(causal=True, start=left),
         "right padding": lambda: Mask(causal=True, end=right),
         "both ends": lambda: Mask(start=torch.tensor([0, 2, 5]), end=right),
@@ -175,8 +197,7 @@ def test_eager_takes_fp64_and_has_hugging_faces_roundings() -> None:
         ~visible_by_definition(Mask(causal=True))[:, :1], lowest
     )
     expected, weights = llama.eager_attention_forward(module, q, k, v, added, D**-0.5)
-    mask = Mask(causal=True)
-    o, ours = attention_with_weights(q, k, v, mask, D**-0.5, 0.0)
+    o, ours = attention_with_weights(q, k, v, AttentionSpec(Mask(causal=True), D**-0.5))
     assert torch.equal(o, expected) and torch.equal(ours, weights)
 
     q, k, v = inputs(dtype=torch.float64)
@@ -185,7 +206,7 @@ def test_eager_takes_fp64_and_has_hugging_faces_roundings() -> None:
     torch.testing.assert_close(o, gold, atol=1e-14, rtol=1e-13)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
 def test_dropout_scales_and_is_seeded(backend: str) -> None:
     q, k, v = inputs()
     runs = []
@@ -256,8 +277,8 @@ def test_a_backend_that_cannot_give_weights_says_so() -> None:
 def test_third_party_backend_gets_the_whole_mask() -> None:
     seen: list[Mask] = []
 
-    def mine(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
-        seen.append(mask)
+    def mine(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        seen.append(spec.mask)
         return q.transpose(1, 2)
 
     capabilities = Capabilities(frozenset({"cpu"}), FLOATS, {"grouped": ANY})
@@ -306,7 +327,7 @@ REFUSALS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "mask dtype": (TypeError, r"mask\.bool\(\)", lambda: attention(q0, k0, v0, _int_mask())),
     "backend": (
         ValueError,
-        r"unknown backend 'sdpaa' \(did you mean 'sdpa'\?\); allowed: \['auto', 'eager', 'sdpa'\]",
+        r"unknown backend 'sdpaa' \(did you mean 'sdpa'\?\); allowed: \['auto', 'eager', 'sdpa', '",
         lambda: attention(q0, k0, v0, implementation="sdpaa"),
     ),
 }
@@ -325,3 +346,36 @@ def test_refusals(case: str) -> None:
     error, message, call = REFUSALS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", [n for n, made in MASKS.items() if made().interval])
+def test_intervals_are_two_integers_a_row(name: str) -> None:
+    mask = MASKS[name]()
+    first, last = mask.bounds(T, S, torch.device("cpu"))
+    assert first.dtype == last.dtype == torch.int64
+    assert all(bound.shape[0] in (1, B) and bound.shape[1] in (1, T) for bound in (first, last))
+    key = torch.arange(S)
+    seen = (key >= first[..., None]) & (key < last[..., None])
+    visible = visible_by_definition(mask)[:, 0]
+    assert torch.equal(seen.expand(B, T, S), visible)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": 0}, "window=0; it must be 1 or more, or None"),
+        ({"ahead": -1}, "ahead=-1; it must be 0 or more"),
+        ({"chunk": -4}, "chunk=-4; it must be 1 or more"),
+        ({"prefix": torch.ones(B)}, "prefix is given without causal=True"),
+    ],
+)
+def test_masks_that_make_no_sense(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mask(**given)
+
+
+def test_a_prefix_that_does_not_fit() -> None:
+    q, k, v = inputs()
+    mask = Mask(causal=True, prefix=torch.ones(B + 1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"mask \(prefix\) is \(4,\)"):
+        attention(q, k, v, mask)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
-from support.machine_code import TARGETS
+from support.machine_code import SHARED_MEMORY, TARGETS
+from swathe.kernels.core.launch import Launcher
 
-SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 GRID_LIMITS = (2**31 - 1, 65_535, 65_535)  # of CUDA and HIP alike
 
 
@@ -117,7 +117,9 @@ def fake_gpu(target: str = "sm_90", **options: Any) -> Iterator[FakeGpu]:
     gpu = FakeGpu(target, **options)
     before = driver._active
     driver.set_active(gpu)
+    Launcher.forget()
     try:
         yield gpu
     finally:
         driver._active = before
+        Launcher.forget()

@@ -27,6 +27,12 @@ from support.sanitizer import GRID_LIMITS, Watch, watch
 
 __all__ = ["SanitizerError", "Watch", "install", "sanitized", "virtual_tensor"]
 
+_OPERATORS = [
+    f"__{reflected}{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod")
+    for reflected in ("", "r")
+    if hasattr(tl.constexpr, f"__{reflected}{name}__")
+]
 _MAP_NORESERVE = 0x4000  # Linux; the module mmap names it from Python 3.13 on only
 
 # the interpreter keeps the current program in a global, so launches take turns
@@ -47,6 +53,8 @@ def install() -> None:
     stock.InterpretedFunction.__call__ = _call_device_function
     stock._patch_lang_tensor = _patched_tensor(stock._patch_lang_tensor)
     stock._patch_lang_core = _patched_core(stock._patch_lang_core)
+    for name in _OPERATORS:
+        setattr(tl.constexpr, name, _unwrapping(getattr(tl.constexpr, name)))
     _check_overflow(False)
 
 
@@ -90,7 +98,8 @@ def _launch(self: Any, *args: Any, **kwargs: Any) -> None:
     names = inspect.getfullargspec(self.fn).args
     kwargs = {k: v for k, v in kwargs.items() if k in names}
     with _turn:
-        watch.begin([*args, *kwargs.values()])
+        # a descriptor reaches the tensor that it describes
+        watch.begin([getattr(a, "base", a) for a in (*args, *kwargs.values())])
         scope = stock._patch_lang(self.fn)
         try:
             bound = inspect.getcallargs(self.fn, *args, **kwargs)
@@ -158,6 +167,15 @@ def _truth(self: Any) -> bool:
     if "triton" in caller.f_back.f_globals.get("__name__", ""):
         return True
     raise SanitizerError("the truth value of a block: `if` takes a scalar")
+
+
+def _unwrapping(original: Any) -> Any:
+    # a constant times a block is a block; the stock interpreter wraps it as a constant
+    def operator(self: Any, other: Any) -> Any:
+        found = original(self, other)
+        return found.value if isinstance(found.value, tl.tensor) else found
+
+    return operator
 
 
 def _patched_core(original: Any) -> Any:

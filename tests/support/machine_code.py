@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from support.overlap import Loop, hot_loops
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# bytes that one program may hold
+SHARED_MEMORY = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 _DOUBLE_SASS = r"\b(?:DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.R\w+64H|[FI]2F\.[\w.]*F64)\b"
 _DOUBLE_AMDGCN = r"\bv_\w*f64\w*\b"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -39,6 +43,12 @@ class MachineCode:
     loads: dict[int, int]
     stores: dict[int, int]
     double_arithmetic: bool
+    sass: str = field(default="", repr=False)
+
+    @property
+    def loops(self) -> list[Loop]:
+        """Loops around matrix instructions; none on AMD, whose text is another."""
+        return hot_loops(self.sass)
 
 
 def compile_for(
@@ -48,11 +58,13 @@ def compile_for(
     constants: dict[str, Any],
     divisible: set[str],
     num_warps: int,
+    num_stages: int | None = None,
 ) -> MachineCode:
     """Compile for `target`.
 
     `types` gives each run-time parameter's Triton type ("*bf16", "i32"), `constants` the
-    constexprs, `divisible` the parameters known to be multiples of 16, as Triton specialises them.
+    constexprs (None for a tensor that is not given), `divisible` the parameters known to be
+    multiples of 16, as Triton specialises them. `num_stages` is the target's own unless given.
     """
     names = list(kernel.arg_names)
     source = ASTSource(
@@ -62,9 +74,10 @@ def compile_for(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
     gpu = TARGETS[target]
-    compiled = triton.compile(
-        source, target=gpu, options={"num_warps": num_warps, "enable_fp_fusion": True}
-    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
+    compiled = triton.compile(source, target=gpu, options=options)
     shared = compiled.metadata.shared
     if gpu.backend == "hip":
         return _read_amd(compiled.asm["amdgcn"], shared)
@@ -86,6 +99,7 @@ def _read_nvidia(cubin: bytes, shared: int) -> MachineCode:
         _widths(r"\bLDG\.E((?:\.\w+)*)", code),
         _widths(r"\bSTG\.E((?:\.\w+)*)", code),
         bool(re.search(_DOUBLE_SASS, code)),
+        code,
     )
 
 

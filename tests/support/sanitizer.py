@@ -129,7 +129,7 @@ def _span(t: torch.Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
 
 
-def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any) -> Any:
+def create_masked_load(self: Any, pointers: Any, mask: Any, other: Any, *_: Any, **__: Any) -> Any:
     element = pointers.get_element_ty()
     dtype = stock._get_np_dtype(element)
     watch.access("load", pointers.data, mask.data, dtype.itemsize)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import swathe.kernels.norm.api  # noqa: F401  (registers the backends)
+from swathe.kernels.catalog import backends
 from swathe.kernels.core.registry import registered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +17,17 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def fused_backends() -> list[str]:
-    """The norm's fused backends that run on the device under test."""
-    records = registered("rms_norm")
-    return [n for n in ("triton", "cpp") if DEVICE in records[n].capabilities.devices]
+def spread(t: Tensor, gap: int, skip: int) -> Tensor:
+    """The same rows (M, N), `gap` and `skip` numbers apart, the first `skip` in: NaN between."""
+    M, N = t.shape
+    wide = t.new_full((M, N + gap + skip), torch.nan)
+    wide[:, skip : skip + N] = t
+    return wide[:, skip : skip + N]
+
+
+def fused_backends(op: str = "rms_norm") -> list[str]:
+    """The op's fused backends that run on the device under test."""
+    found = backends(op)[op]
+    records = registered(op)
+    names = [n for n in ("triton", "cpp") if n in found]
+    return [n for n in names if DEVICE in records[n].capabilities.devices]

@@ -60,6 +60,19 @@ def test_bf16_arithmetic_is_rounded_fp32(op: str) -> None:
 
 
 @triton.jit
+def _constant_first(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    scaled = (2 * FACTOR * x + (FACTOR - x)) / (FACTOR + x)
+    tl.store(out_ptr + tl.arange(0, N), tl.abs(scaled))
+
+
+def test_a_constant_and_a_block_make_a_block() -> None:
+    x, out = torch.randn(16), torch.empty(16)
+    _constant_first[(1,)](x, out, 16)
+    torch.testing.assert_close(out, ((6 * x + (3 - x)) / (3 + x)).abs())
+
+
+@triton.jit
 def _cast(x_ptr, out_ptr, N: tl.constexpr):
     n = tl.arange(0, N)
     tl.store(out_ptr + n, tl.load(x_ptr + n).to(out_ptr.dtype.element_ty))
