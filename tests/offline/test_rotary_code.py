@@ -77,6 +77,8 @@ def configuration(
         writes=copies * (heads + extra),
         # entries of neighbours and of sections are gathered; a tail of 48 leaves a thread 8 bytes
         wide=form != rotation.PAIRS and not mrope and (D, R) != (80, 32),
+        # one wave of 64 lanes is the least that works on 32 tokens of 8 pairs
+        narrow=("gfx942",) if lanes * SIZES[dtype] <= 32 else (),
         wave_warps=max(1, tile.warps // 2),
     )
 

@@ -36,9 +36,10 @@ class Configuration:
 
     `types`, `constants`, `divisible` and `warps` are `compile_for`'s. `reads` and `writes` are the
     fewest bytes that a program can load and store, each instruction counted once: inputs and
-    outputs of its tile (of one iteration where it loops). `wide` demands 16-byte accesses.
-    `wave_warps` is what the launcher takes where warps are 64 lanes wide, if not `warps`; `stages`
-    are those of NVIDIA's GPUs, if not Triton's own; `targets` those that it ships for.
+    outputs of its tile (of one iteration where it loops). `wide` demands 16-byte accesses, though
+    not on targets in `narrow`, whose many threads have less than that each. `wave_warps` is what
+    the launcher takes where warps are 64 lanes wide, if not `warps`; `stages` are those of NVIDIA's
+    GPUs, if not Triton's own; `targets` those that it ships for.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Configuration:
     reads: int | None = None
     writes: int | None = None
     wide: bool = True
+    narrow: tuple[str, ...] = ()
     wave_warps: int | None = None
     stages: int | None = None
     targets: tuple[str, ...] = tuple(TARGETS)
@@ -120,7 +122,7 @@ def verify(op: str, configuration: Configuration, target: str) -> None:
             assert moved <= max(least, 16 * threads), (
                 f"{what} {moved} bytes a program, least {least}"
             )
-        if configuration.wide and widths:
+        if configuration.wide and target not in configuration.narrow and widths:
             assert widths.get(128, 0) >= 1, f"{what} without a 16-byte access: {widths}"
     known = _baseline(op).get(TRITON, {}).get(f"{configuration.label} {target}")
     if known is None:
