@@ -95,8 +95,8 @@ class Rows(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether a (T, S) tensor is read tile by tile."""
-        return self.allowed is not None or self.bias is not None
+        """Whether every weight has a number of its own, of a mask, a bias or dropout."""
+        return not (self.allowed is None and self.bias is None and self.seed is None)
 
     @property
     def flags(self) -> tuple[bool, bool]:

@@ -31,6 +31,7 @@ from swathe.kernels.attention._triton_tiles import (
     queries,
     scaled,
     store_tile,
+    visibility,
     zeros,
 )
 
@@ -43,7 +44,8 @@ def slopes(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """p after dropout, ds without its scale, and dz: what a bias added to the scores receives."""
-    z, factor, t = logits(s, rows, n, S, scores, SCORED, SOFTCAP, MASKED)
+    visible, bias = visibility(rows, n, S, scores)
+    z, factor, t = logits(s, rows, n, visible, bias, scores, SCORED, SOFTCAP, MASKED)
     p = tl.exp2(z * factor - lse)
     weight = p
     if dropout.seed is not None:
@@ -141,7 +143,8 @@ def backward_q(
     bounds = Bounds(first_ptr, last_ptr, b * bound_b, bound_t, places_ptr, b * place_b, shift)
     dropout = Dropout(seed_ptr, b * H + h, tl.cast(probability, tl.float32))
     rows = queries(bounds, begin, T, S, BLOCK_T, 1)
-    lo, whole_from, whole_to, hi = stretches(rows, S, scores, BLOCK_S)
+    THROUGHOUT: tl.constexpr = not (keys_ptr is None and allowed_ptr is None and bias_ptr is None)
+    lo, whole_from, whole_to, hi = stretches(rows, S, THROUGHOUT, BLOCK_S)
 
     q = Head(q_ptr + b * q_b + h * q_h, q_t, D, T, b, h)
     do = Head(do_ptr + b * do_b + h * do_h, do_t, E, T, b, h)
@@ -167,7 +170,7 @@ def backward_q(
     whole_from = tl.minimum(tl.maximum(whole_from, lo), tl.maximum(hi, lo))
     whole_to = tl.maximum(whole_to, whole_from)
     dq = zeros(BLOCK_T, D_WIDTHS)
-    for part in tl.static_range(3):
+    for part in tl.static_range(1 if THROUGHOUT else 3):
         dq = _descend(
             lo if part == 0 else whole_from if part == 1 else whole_to,
             whole_from if part == 0 else whole_to if part == 1 else hi,

@@ -26,24 +26,35 @@ class Blocks(NamedTuple):
 
 # the widest head of a row, in elements: tiles of the forward, of dq, and of dk and dv
 _WGMMA = {
-    64: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2)),
+    64: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 3)),
+    128: (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 3)),
     192: (Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2)),
     256: (Blocks(128, 16, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2)),
 }
 # where tensor memory leaves 128 registers a thread
 _BLACKWELL_BACKWARD_Q = {128: Blocks(64, 64, 4, 2)}
 _MMA = {
-    64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
+    128: (Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(16, 64, 4, 2)),
+    192: (Blocks(64, 16, 4, 2), Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
+    256: (Blocks(16, 32, 4, 2), Blocks(64, 16, 8, 2), Blocks(16, 32, 4, 2)),
+}
+# AMD's waves of 64 lanes hold 512 registers each, their multiprocessors 64 KB of shared memory
+_MFMA = {
+    64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(32, 64, 4, 2)),
     128: (Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
-    192: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(16, 64, 8, 2)),
-    256: (Blocks(32, 16, 4, 2), Blocks(64, 16, 8, 2), Blocks(16, 64, 8, 2)),
+    192: (Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(16, 32, 4, 2)),
+    256: (Blocks(32, 16, 4, 2), Blocks(64, 16, 8, 2), Blocks(16, 32, 4, 2)),
 }
 # fp32 outside the matrix units
 _FMA = {
     128: (Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
     256: (Blocks(32, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
 }
+# tiles of a generation, and the widest piece of a head
+_TABLES = {
+    "mma": (_MMA, 64), "mfma": (_MFMA, 64), "hopper": (_WGMMA, 256), "blackwell": (_WGMMA, 256)
+}  # fmt: skip
 
 
 class Cut(NamedTuple):
@@ -61,7 +72,10 @@ _cuts: dict[tuple[int, int, torch.dtype, torch.device, bool], Cut] = {}
 
 
 def cut(q: Tensor, v: Tensor, dense: bool) -> Cut:
-    """The cut for heads like q (..., D) and v (..., E); `dense`: with a (T, S) mask or bias."""
+    """The cut for heads like q (..., D) and v (..., E).
+
+    `dense`: every weight of a tile has a number of its own, from a mask, a bias or dropout.
+    """
     key = q.shape[-1], v.shape[-1], q.dtype, q.device, dense
     found = _cuts.get(key)
     if found is None:
@@ -74,7 +88,7 @@ def cut_for(D: int, E: int, dtype: torch.dtype, generation: str, dense: bool = F
     if dtype == torch.float32:
         table, most = _FMA, 32
     else:
-        table, most = (_MMA, 64) if generation == "mma" else (_WGMMA, 256)
+        table, most = _TABLES[generation]
     of_d, of_e = pieces(D, most), pieces(E, most)
     wide = max(sum(of_d), sum(of_e))
     row = next(width for width in table if wide <= width)
@@ -89,7 +103,7 @@ def cut_for(D: int, E: int, dtype: torch.dtype, generation: str, dense: bool = F
 
 
 def _fewer_keys(block: Blocks) -> Blocks:
-    # a tile of a mask or bias is loaded by addresses, two registers each
+    # a tile of a mask or bias is loaded by addresses, two registers each; dropout draws as many
     return block._replace(keys=max(block.keys // 2, 16))
 
 
@@ -109,10 +123,12 @@ def pieces(D: int, most: int = 256) -> tuple[int, ...]:
 
 
 def generation(device: torch.device) -> str:
-    """Whose matrix units a GPU has: "hopper", "blackwell" (sm_100), "mma" for all others."""
-    capability = arch(device) or 0
+    """Whose matrix units a GPU has: "hopper", "blackwell" (sm_100), AMD's "mfma", else "mma"."""
     if device.type == "cpu":
         return "hopper"  # an interpreter is quicker with few wide pieces
+    capability = arch(device)
+    if capability is None:
+        return "mfma"
     return "hopper" if 90 <= capability < 100 else "blackwell" if 100 <= capability < 120 else "mma"
 
 
@@ -122,7 +138,11 @@ def tiles_by_tma(*streams: Tensor) -> bool:
     From Hopper on, for heads that are one power of two, at addresses and strides of 16 bytes.
     """
     device = streams[0].device
-    if device.type == "cpu" or generation(device) == "mma" or streams[0].dtype == torch.float32:
+    if (
+        device.type == "cpu"
+        or generation(device) not in ("hopper", "blackwell")
+        or streams[0].dtype == torch.float32
+    ):
         return False
     return all(fits_tma(t) for t in streams)
 

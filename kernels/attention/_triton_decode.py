@@ -41,6 +41,7 @@ from swathe.kernels.attention._triton_tiles import (
     load_rows,
     product,
     scaled,
+    visibility,
     zeros,
 )
 from swathe.kernels.core.device import arch, guard, multiprocessors
@@ -102,7 +103,7 @@ def _absorb(
     """The online softmax over the keys of one split, from start to end."""
     for begin in range(start, end, BLOCK_S):
         n = begin + tl.arange(0, BLOCK_S)
-        seen = (n >= lo) & (n < hi)
+        there = (n >= lo) & (n < hi)
         # without pages, a sequence is a page of its own
         page, place = b, n
         if table is not None:
@@ -110,13 +111,14 @@ def _absorb(
             if PAGE % BLOCK_S == 0:
                 page = tl.load(table + begin // PAGE).to(tl.int64)
             else:
-                page = tl.load(table + n // PAGE, seen, other=0).to(tl.int64)[:, None]
-        keys = _load(k, page, place, seen, D_WIDTHS, EXACT)
+                page = tl.load(table + n // PAGE, there, other=0).to(tl.int64)[:, None]
+        visible, bias = visibility(rows, n[None, :], S, scores)
+        keys = _load(k, page, place, there, D_WIDTHS, EXACT)
         s = product(q, keys, PRECISION)
         p, shrink, total, peak = weigh(
-            s, rows, n[None, :], S, scores, total, peak, SCORED, SOFTCAP, True
+            s, rows, n[None, :], visible, bias, scores, total, peak, SCORED, SOFTCAP, True
         )
-        values = _load(v, page, place, seen, E_WIDTHS, EXACT)
+        values = _load(v, page, place, there, E_WIDTHS, EXACT)
         acc = added(scaled(acc, shrink[:, None]), p.to(values[0].dtype), values, PRECISION)
     return acc, total, peak
 

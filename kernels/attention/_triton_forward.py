@@ -28,17 +28,18 @@ from swathe.kernels.attention._triton_tiles import (
     queries,
     scaled,
     store_tile,
+    visibility,
     zeros,
 )
 
 
 @triton.jit
 def weigh(
-    s, rows, n, S, scores, total, peak, SCORED: tl.constexpr, SOFTCAP: tl.constexpr,
+    s, rows, n, visible, bias, scores, total, peak, SCORED: tl.constexpr, SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: weights of a tile of scores, and what shrinks the sums."""
-    z, factor, _ = logits(s, rows, n, S, scores, SCORED, SOFTCAP, MASKED)
+    z, factor, _ = logits(s, rows, n, visible, bias, scores, SCORED, SOFTCAP, MASKED)
     higher = tl.maximum(peak, tl.max(z, 1) * factor)
     base = higher
     if MASKED:
@@ -72,11 +73,62 @@ def _attend(
         k_ahead = load_tile(k, start + BLOCK_S, BLOCK_S, D_WIDTHS, EXACT, TMA)
         s_ahead = product(q, k_ahead, PRECISION)
         n = (start + tl.arange(0, BLOCK_S))[None, :]
-        p, shrink, total, peak = weigh(s, rows, n, S, scores, total, peak, SCORED, SOFTCAP, MASKED)
+        visible, bias = visibility(rows, n, S, scores)
+        p, shrink, total, peak = weigh(
+            s, rows, n, visible, bias, scores, total, peak, SCORED, SOFTCAP, MASKED
+        )
         acc = scaled(acc, shrink[:, None])
         acc = _gather(p, acc, v, start, rows, n, dropout, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S)
         s = s_ahead
     return s, acc, total, peak
+
+
+@triton.jit
+def _attend_ahead(
+    lo, whole_from, whole_to, hi, q, k, v, rows, S, scores, dropout, acc, total, peak,
+    SCORED: tl.constexpr, SOFTCAP: tl.constexpr, D_WIDTHS: tl.constexpr, E_WIDTHS: tl.constexpr,
+    EXACT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Absorb the key tiles from lo to hi; from whole_from to whole_to all rows see all keys."""
+    # the last tile has none to look ahead to
+    final = (hi - 1) // BLOCK_S * BLOCK_S
+    whole_from = tl.minimum(tl.maximum(whole_from, lo), final)
+    whole_to = tl.minimum(tl.maximum(whole_to, whole_from), final)
+    s = product(q, load_tile(k, lo, BLOCK_S, D_WIDTHS, EXACT, TMA), PRECISION)
+    for part in tl.static_range(3):
+        s, acc, total, peak = _attend(
+            lo if part == 0 else whole_from if part == 1 else whole_to,
+            whole_from if part == 0 else whole_to if part == 1 else final,
+            s, q, k, v, rows, S, scores, dropout, acc, total, peak, SCORED, SOFTCAP, part != 1,
+            D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
+        )  # fmt: skip
+    n = (final + tl.arange(0, BLOCK_S))[None, :]
+    visible, bias = visibility(rows, n, S, scores)
+    p, shrink, total, peak = weigh(
+        s, rows, n, visible, bias, scores, total, peak, SCORED, SOFTCAP, True
+    )
+    acc = scaled(acc, shrink[:, None])
+    acc = _gather(p, acc, v, final, rows, n, dropout, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S)
+    return acc, total, peak
+
+
+@triton.jit
+def _attend_masked(
+    lo, hi, q, k, v, rows, S, scores, dropout, acc, total, peak, SCORED: tl.constexpr,
+    SOFTCAP: tl.constexpr, D_WIDTHS: tl.constexpr, E_WIDTHS: tl.constexpr, EXACT: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Absorb the key tiles from lo to hi under a mask or bias of every single key."""
+    for start in range(lo, hi, BLOCK_S):
+        n = (start + tl.arange(0, BLOCK_S))[None, :]
+        visible, bias = visibility(rows, n, S, scores)
+        s = product(q, load_tile(k, start, BLOCK_S, D_WIDTHS, EXACT, TMA), PRECISION)
+        p, shrink, total, peak = weigh(
+            s, rows, n, visible, bias, scores, total, peak, SCORED, SOFTCAP, True
+        )
+        acc = scaled(acc, shrink[:, None])
+        acc = _gather(p, acc, v, start, rows, n, dropout, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S)
+    return acc, total, peak
 
 
 @triton.jit
@@ -100,12 +152,15 @@ def settled(acc, total, peak):
 
 
 @triton.jit
-def stretches(rows, S, scores, BLOCK_S: tl.constexpr):
-    """Where the key tiles that a tile of rows sees start and end, and those that all see whole."""
+def stretches(rows, S, THROUGHOUT: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Where the key tiles that a tile of rows sees start and end, and those that all see whole.
+
+    THROUGHOUT: a mask or bias says of every single key whether it is seen, and none is whole.
+    """
     lo, hi = tl.min(rows.first), tl.max(rows.last)
     lo = tl.minimum(lo, hi) // BLOCK_S * BLOCK_S
     whole_from, whole_to = hi, hi
-    if scores.keys.at is None and scores.allowed.at is None and scores.bias.at is None:
+    if not THROUGHOUT:
         whole_from = tl.cdiv(tl.max(tl.where(rows.live, rows.first, 0)), BLOCK_S) * BLOCK_S
         whole_to = tl.min(tl.where(rows.live, rows.last, S)) // BLOCK_S * BLOCK_S
     return lo, whole_from, whole_to, hi
@@ -135,7 +190,8 @@ def forward(
     bounds = Bounds(first_ptr, last_ptr, b * bound_b, bound_t, places_ptr, b * place_b, shift)
     dropout = Dropout(seed_ptr, b * H + h, tl.cast(probability, tl.float32))
     rows = queries(bounds, begin, T, S, BLOCK_T, 1)
-    lo, whole_from, whole_to, hi = stretches(rows, S, scores, BLOCK_S)
+    THROUGHOUT: tl.constexpr = not (keys_ptr is None and allowed_ptr is None and bias_ptr is None)
+    lo, whole_from, whole_to, hi = stretches(rows, S, THROUGHOUT, BLOCK_S)
     q = Head(q_ptr + b * q_b + h * q_h, q_t, D, T, b, h)
     if not TMA:
         k_ptr += b * k_b + g * k_h
@@ -146,29 +202,16 @@ def forward(
     acc = zeros(BLOCK_T, E_WIDTHS)
     total, peak = start_of_softmax(sinks_ptr, h, BLOCK_T)
 
-    if lo < hi:
-        # the last tile has none to look ahead to
-        final = (hi - 1) // BLOCK_S * BLOCK_S
-        whole_from = tl.minimum(tl.maximum(whole_from, lo), final)
-        whole_to = tl.minimum(tl.maximum(whole_to, whole_from), final)
-        s = product(q_tile, load_tile(k, lo, BLOCK_S, D_WIDTHS, EXACT, TMA), PRECISION)
-        s, acc, total, peak = _attend(
-            lo, whole_from, s, q_tile, k, v, rows, S, scores, dropout, acc, total, peak, SCORED,
-            SOFTCAP, True, D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
+    if THROUGHOUT:
+        acc, total, peak = _attend_masked(
+            lo, hi, q_tile, k, v, rows, S, scores, dropout, acc, total, peak, SCORED, SOFTCAP,
+            D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
         )  # fmt: skip
-        s, acc, total, peak = _attend(
-            whole_from, whole_to, s, q_tile, k, v, rows, S, scores, dropout, acc, total, peak,
-            SCORED, SOFTCAP, False, D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
+    elif lo < hi:
+        acc, total, peak = _attend_ahead(
+            lo, whole_from, whole_to, hi, q_tile, k, v, rows, S, scores, dropout, acc, total, peak,
+            SCORED, SOFTCAP, D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
         )  # fmt: skip
-        s, acc, total, peak = _attend(
-            whole_to, final, s, q_tile, k, v, rows, S, scores, dropout, acc, total, peak, SCORED,
-            SOFTCAP, True, D_WIDTHS, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S,
-        )  # fmt: skip
-        n = (final + tl.arange(0, BLOCK_S))[None, :]
-        p, shrink, total, peak = weigh(s, rows, n, S, scores, total, peak, SCORED, SOFTCAP, True)
-        acc = scaled(acc, shrink[:, None])
-        acc = _gather(p, acc, v, final, rows, n, dropout, E_WIDTHS, EXACT, TMA, PRECISION, BLOCK_S)
-
     if dropout.seed is not None:
         acc = scaled(acc, 1.0 / (1.0 - dropout.probability))
     acc, lse = settled(acc, total, peak)

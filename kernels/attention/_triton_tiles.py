@@ -201,13 +201,33 @@ def _of_plane(plane, rows, n, S, other):
 
 
 @triton.jit
-def logits(
-    s, rows, n, S, scores, SCORED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr
-):
-    """z / factor in units of log 2, -inf where a key is hidden; factor; and the softcap's tanh.
+def visibility(rows, n, S, scores):
+    """Which keys n of a tile rows see, and the bias of their scores, if there is one.
 
-    Scores that are only scaled (not SCORED, by a positive number) leave the scale to `factor`, so
-    that it is one multiply-add with the peak's subtraction.
+    A softmax asks for both before the product that makes its scores: Triton lays row sums out as
+    the last of what leads to them in the program, and twice where loads come after the product.
+    """
+    visible = (n >= rows.first) & (n < rows.last)
+    bias = visible
+    if scores.keys.at is not None:
+        visible &= tl.load(scores.keys.at + scores.keys.skip + n, n < S, other=0) != 0
+    if scores.allowed.at is not None:
+        visible &= _of_plane(scores.allowed, rows, n, S, 0) != 0
+    if scores.bias.at is not None:
+        bias = _of_plane(scores.bias, rows, n, S, 0.0).to(tl.float32)
+        visible &= bias > scores.lowest
+    return visible, bias
+
+
+@triton.jit
+def logits(
+    s, rows, n, visible, bias, scores, SCORED: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Logits z, -inf where a key is hidden; their factor to units of log 2; the softcap's tanh.
+
+    Scores that are only scaled (not SCORED, by a positive number) leave the scale to the factor,
+    which is one multiply-add with the peak's subtraction.
     """
     z, t, factor = s, s, scores.scale * LOG2E
     if SCORED:
@@ -219,18 +239,9 @@ def logits(
             slope = tl.load(scores.alibi.at + scores.alibi.skip)
             z += slope * (n - rows.place).to(tl.float32)
         if scores.bias.at is not None:
-            bias = _of_plane(scores.bias, rows, n, S, 0.0).to(tl.float32)
             z += bias
-        z *= LOG2E
-        factor = 1.0
+        factor = LOG2E
     if MASKED:
-        visible = (n >= rows.first) & (n < rows.last)
-        if scores.keys.at is not None:
-            visible &= tl.load(scores.keys.at + scores.keys.skip + n, n < S, other=0) != 0
-        if scores.allowed.at is not None:
-            visible &= _of_plane(scores.allowed, rows, n, S, 0) != 0
-        if scores.bias.at is not None:
-            visible &= bias > scores.lowest
         z = tl.where(visible, z, float("-inf"))
     return z, factor, t
 

@@ -15,9 +15,6 @@ from support.gate import TRITON, Configuration, covered, verify
 from swathe.kernels.attention import _triton_backward, _triton_forward
 from swathe.kernels.attention._triton_blocks import Blocks, cut_for
 
-# tiles were chosen by Triton 3.6's code; 3.9 spills in some of them, which is still to be settled
-pytestmark = pytest.mark.skipif(TRITON != "3.6", reason="tiles are those of Triton 3.6")
-
 KERNELS = {
     "forward": _triton_forward.forward,
     "backward_q": _triton_backward.backward_q,
@@ -55,7 +52,7 @@ def configuration(
 ) -> Configuration:
     """One specialisation: `given` are the optional tensors that the call has."""
     E, kernel = E or D, KERNELS[name]
-    dense = "allowed_ptr" in given or "bias_ptr" in given
+    dense = not {"allowed_ptr", "bias_ptr", "seed_ptr"}.isdisjoint(given)
     made = cut_for(D, E, DTYPES[dtype], generation, dense)
     block: Blocks = getattr(made, "backward_q" if name == "backward_bias" else name)
     constants: dict[str, Any] = {
@@ -99,7 +96,12 @@ def configuration(
 
 
 LOST = {("3.9", "forward", 64)}  # with 3.6, which has 97 % of them in flight, it does not
-TARGETS_OF = {"hopper": ("sm_90",), "blackwell": ("sm_100",), "mma": ("sm_80", "gfx942")}
+TARGETS_OF = {
+    "hopper": ("sm_90",),
+    "blackwell": ("sm_100",),
+    "mma": ("sm_80",),
+    "mfma": ("gfx942",),
+}
 THREE = ("forward", "backward_q", "backward_kv")
 
 
@@ -119,6 +121,7 @@ def on_hopper() -> Iterator[Configuration]:
     for given in (("keys_ptr",), ("bias_ptr",), ("allowed_ptr",)):
         for name in THREE:
             yield configuration(name, 64, given=given)
+            yield configuration(name, 128, given=given)
     yield configuration("forward", 64, given=("seed_ptr",))
     yield configuration("backward_kv", 64, given=("seed_ptr",))
     yield configuration("backward_q", 128, tma=True, given=("dlse_ptr",))
@@ -135,12 +138,13 @@ def on_blackwell() -> Iterator[Configuration]:
 
 def elsewhere() -> Iterator[Configuration]:
     """What sm_80 and gfx942 run."""
-    for name in THREE:
-        for D, E in ((64, 64), (128, 128), (256, 256), (80, 80)):
-            yield configuration(name, D, E, generation="mma")
-    yield configuration("forward", 192, 128, generation="mma")
-    yield configuration("forward", 64, generation="mma", given=("keys_ptr",))
-    yield configuration("forward", 64, generation="mma", softcap=True)
+    for generation in ("mma", "mfma"):
+        for name in THREE:
+            for D, E in ((64, 64), (128, 128), (256, 256), (80, 80), (192, 128)):
+                yield configuration(name, D, E, generation=generation)
+            yield configuration(name, 64, generation=generation, given=("keys_ptr",))
+            yield configuration(name, 128, generation=generation, given=("bias_ptr",))
+        yield configuration("forward", 64, generation=generation, softcap=True)
 
 
 CONFIGURATIONS = [*on_hopper(), *on_blackwell(), *elsewhere()]
