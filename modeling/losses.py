@@ -55,11 +55,13 @@ def linear_causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
+    softcap: float | None = None,
     implementation: str | Choice = AUTO,
 ) -> Tensor:
     """`causal_lm_loss(head(hidden), labels)` whose logits never exist as a whole.
 
-    Shapes: hidden (B, T, hidden_size); the rest as causal_lm_loss. The head must be an nn.Linear as
+    Shapes: hidden (B, T, hidden_size); the rest as causal_lm_loss. `softcap` c turns logits z into
+    c tanh(z / c). The head must be an nn.Linear as
     torch runs it: an adapter, a hook or a patched forward would be passed over, so each raises
     UnsupportedFeature, naming what was found.
     """
@@ -78,6 +80,7 @@ def linear_causal_lm_loss(
         bias=bias,
         shift_labels=shift_labels is None,
         num_items=num_items_in_batch,
+        softcap=softcap,
         ignore_index=ignore_index,
         implementation=implementation,
     )

@@ -23,17 +23,36 @@ Stream = tuple[Tensor, Tensor | None]
 
 
 class DecoderLayer(nn.Module):
-    """norm, attention, norm, MLP; `checkpointing` holds torch.utils.checkpoint's arguments."""
+    """norm, attention, norm, MLP; `checkpointing` holds torch.utils.checkpoint's arguments.
+
+    `layer_type` and `window` say which rotation and which mask of a forward the layer takes.
+    """
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer_idx)
-        self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layer_type, self.window = config.layer_type(layer_idx), config.window(layer_idx)
+        self.self_attn = self.make_attention(config, layer_idx)
+        self.mlp = self.make_mlp(config, layer_idx)
+        self.input_layernorm = self.make_norm(config)
+        self.post_attention_layernorm = self.make_norm(config)
         self.checkpointing: dict[str, Any] | None = None
+
+    @staticmethod
+    def make_attention(config: DecoderConfig, layer_idx: int) -> SelfAttention:
+        """The layer's attention."""
+        return SelfAttention(config, layer_idx)
+
+    @staticmethod
+    def make_mlp(config: DecoderConfig, layer_idx: int) -> nn.Module:
+        """The layer's MLP."""
+        return GatedMLP(
+            config.hidden_size, config.intermediate_size, config.activation, config.mlp_biases
+        )
+
+    @staticmethod
+    def make_norm(config: DecoderConfig) -> RMSNorm:
+        """A norm over the hidden size; the model's last one is made here as well."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -52,6 +71,39 @@ class DecoderLayer(nn.Module):
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
         normed, stream = self.post_attention_layernorm(attended, stream)
         return self.mlp(normed), stream, weights
+
+
+class SandwichLayer(DecoderLayer):
+    """Gemma 2 and 3: what attention and MLP return is normed as well, before it is added."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.pre_feedforward_layernorm = self.make_norm(config)
+        self.post_feedforward_layernorm = self.make_norm(config)
+
+    @staticmethod
+    def make_norm(config: DecoderConfig) -> RMSNorm:
+        """Gemma's: 1 + weight, rounded once."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, offset=1.0, casting="gemma")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation,
+        mask: Mask,
+        cache: DynamicCache | StaticCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream after this layer, and the attention weights where they are asked for."""
+        if residual is None:
+            normed, stream = self.input_layernorm(hidden_states), hidden_states
+        else:
+            normed, stream = self.input_layernorm(hidden_states, residual)
+        attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
+        attended = self.post_attention_layernorm(attended)
+        normed, stream = self.pre_feedforward_layernorm(attended, stream)
+        return self.post_feedforward_layernorm(self.mlp(normed)), stream, weights
 
 
 def run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,3 @@
+"""Gemma 1 and the models of its layout."""
+
+CLASSES = {"config": "GemmaConfig", "base": "GemmaModel", "causal_lm": "GemmaForCausalLM"}

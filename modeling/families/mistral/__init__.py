@@ -1,0 +1,3 @@
+"""Mistral 7B and its successors of the same layout."""
+
+CLASSES = {"config": "MistralConfig", "base": "MistralModel", "causal_lm": "MistralForCausalLM"}
