@@ -39,6 +39,7 @@ class DecoderConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    absent_when_derived: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[dict[str, Range]] = {
         "vocab_size": (1, 2**24),
         "hidden_size": (1, 2**20),
@@ -139,6 +140,14 @@ class DecoderConfig(PreTrainedConfig):
             logger.warning("pad_token_id=%d in a file is read as None", pad)
             values = {**values, "pad_token_id": None}
         return super().from_dict(values, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration, less the derived values that the family's files do not have."""
+        values = super().to_dict()
+        for name in self.absent_when_derived:
+            if name not in vars(self):
+                del values[name]
+        return values
 
     def __post_init__(self) -> None:
         self.rope_parameters = normalised(self.rope_parameters, {})

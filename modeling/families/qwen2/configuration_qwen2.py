@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from swathe.modeling.config import derived
 from swathe.modeling.decoder_config import FULL, SLIDING, LayerTypesConfig
 
 
@@ -15,6 +14,7 @@ class Qwen2Config(LayerTypesConfig):
     """
 
     model_type: ClassVar[str] = "qwen2"
+    absent_when_derived: ClassVar[tuple[str, ...]] = ("head_dim",)
 
     vocab_size: int = 151936
     intermediate_size: int = 22016
@@ -22,19 +22,21 @@ class Qwen2Config(LayerTypesConfig):
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     use_sliding_window: bool = False
-    sliding_window: int | None = derived(lambda c: 4096 if c.use_sliding_window else None)
+    sliding_window: int | None = 4096
     max_window_layers: int = 28
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    def __post_init__(self) -> None:
+        # as HF: a window that is not used is none
+        if not self.use_sliding_window:
+            self.sliding_window = None
+        super().__post_init__()
+
     def pattern(self, layer_idx: int) -> str:
         """Sliding from `max_window_layers` on, where windows are used."""
-        windowed = self.use_sliding_window and self.sliding_window is not None
+        windowed = self.sliding_window is not None
         return SLIDING if windowed and layer_idx >= self.max_window_layers else FULL
-
-    def window(self, layer_idx: int) -> int | None:
-        """The sliding window, in layers that have it, if windows are used."""
-        return super().window(layer_idx) if self.use_sliding_window else None
 
     @property
     def attention_biases(self) -> tuple[bool, bool]:
