@@ -49,7 +49,6 @@ class LlamaModel(LlamaPreTrainedModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
-        assert config.rope_parameters is not None and config.head_dim is not None
         self.embed_tokens = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
@@ -57,7 +56,7 @@ class LlamaModel(LlamaPreTrainedModel):
             DecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config.rope_parameters, config.head_dim)
+        self.rotary_emb = RotaryEmbedding.of(config)
 
     def forward(
         self,
