@@ -67,8 +67,7 @@ class DecoderModel(DecoderPreTrainedModel):
     @staticmethod
     def make_rotary(config: DecoderConfig) -> nn.Module:
         """The module whose output `rotations` hands to the layers."""
-        assert config.rope_parameters is not None and config.head_dim is not None
-        return RotaryEmbedding(config.rope_parameters, config.head_dim)
+        return RotaryEmbedding.of(config)
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[str, Rotation]:
         """The rotation of each layer type, made once a forward."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config import PreTrainedConfig, derived
 from swathe.modeling.config_fields import ACTIVATIONS, Range, positive
 from swathe.modeling.errors import ConfigError
-from swathe.modeling.rope import normalised
+from swathe.modeling.rope import ALIASES, check_fits, normalised
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ class DecoderConfig(PreTrainedConfig):
 
     `head_dim` and `num_key_value_heads` left at None follow the fields they are derived from. What
     families spell in their own way (activation, biases, scale, windows) is read through properties.
+    `rope_length` is the length that rope types "dynamic" and "longrope" turn for; it says how a
+    model runs, and no file has it: modeling/layers/embedding.py. Of a family, `partial_rotary` says
+    that its attention honours partial_rotary_factor, `rope_aliases` how its files name rope types.
     """
 
     base_model_tp_plan: ClassVar[dict[str, str] | None] = {
@@ -38,6 +41,8 @@ class DecoderConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+    partial_rotary: ClassVar[bool] = False
+    rope_aliases: ClassVar[Mapping[str, str]] = ALIASES
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     absent_when_derived: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[dict[str, Range]] = {
@@ -49,6 +54,7 @@ class DecoderConfig(PreTrainedConfig):
         "num_key_value_heads": (1, 2**16),
         "head_dim": (1, 2**16),
         "max_position_embeddings": (1, 2**30),
+        "rope_length": (1, 2**30),
         "initializer_range": (0, 1),
         "rms_norm_eps": positive(),
         "attention_dropout": (0, 1),
@@ -70,6 +76,7 @@ class DecoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
+    rope_length: int | Literal["per_forward"] | None = None
     attention_dropout: float = 0.0
 
     @property
@@ -120,7 +127,12 @@ class DecoderConfig(PreTrainedConfig):
     @classmethod
     def legacy_keys(cls) -> tuple[str, ...]:
         """Rotary keys that files before transformers 5 keep at the top level."""
-        return ("rope_theta", "original_max_position_embeddings")
+        return ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+    @classmethod
+    def rope_spelled(cls, parameters: object, legacy: Mapping[str, Any]) -> dict[str, Any]:
+        """`rope_parameters` as the fields hold them; by layer type in a family that says so."""
+        return normalised(parameters, legacy, aliases=cls.rope_aliases)
 
     @classmethod
     def from_legacy(
@@ -130,7 +142,7 @@ class DecoderConfig(PreTrainedConfig):
         parameters = values.get("rope_parameters")
         if wins and isinstance(parameters, dict | None):
             parameters = {**(parameters or {}), **legacy}
-        return {**values, "rope_parameters": normalised(parameters, legacy)}
+        return {**values, "rope_parameters": cls.rope_spelled(parameters, legacy)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Self:
@@ -150,7 +162,7 @@ class DecoderConfig(PreTrainedConfig):
         return values
 
     def __post_init__(self) -> None:
-        self.rope_parameters = normalised(self.rope_parameters, {})
+        self.rope_parameters = self.rope_spelled(self.rope_parameters, {})
         super().__post_init__()
 
     @property
@@ -176,6 +188,8 @@ class DecoderConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
+        assert self.rope_parameters is not None
+        check_fits(self.rope_parameters, self.head_dim, partial=self.partial_rotary)
         if self.activation not in ACTIVATIONS:
             field = next(n for n in ("hidden_activation", "hidden_act") if n in vars(self))
             raise ConfigError(

@@ -71,6 +71,7 @@ class NormedRotation(KernelModule):
             q_norm.eps,
             rotation.cos,
             rotation.sin,
+            rotary_dim=rotation.cos.shape[-1],
             offset=q_norm.offset,
             norm_casting=self.casting,
             casting="llama",

@@ -35,6 +35,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma": ("GemmaForCausalLM", {"head_dim": 32}),
     "gemma2": ("Gemma2ForCausalLM", {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 24}),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {**WINDOWED, "head_dim": 32, "query_pre_attn_scalar": 24, "num_hidden_layers": 7},
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {
+            **WINDOWED,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        },
+    ),
 }
 
 # backends of attention that serve a family: torch's own has no softcap
