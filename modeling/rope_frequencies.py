@@ -15,8 +15,8 @@ L is a length and M is max_position_embeddings, see modeling/layers/embedding.py
 also multiply cos and sin, by the second result of their functions.
 
 Dtypes   fp32, whatever torch's default is while a model is built.
-Source   linear: kaiokendev 2023; dynamic: NTK-aware scaling, bloc97 and emozilla 2023; yarn: Peng et
-         al. 2023, arXiv:2309.00071, sections 3.2 to 3.4; longrope: Ding et al. 2024,
+Source   linear: kaiokendev 2023; dynamic: NTK-aware scaling, bloc97 and emozilla 2023; yarn: Peng
+         et al. 2023, arXiv:2309.00071, sections 3.2 to 3.4; longrope: Ding et al. 2024,
          arXiv:2402.13753; llama3: Llama 3.1; proportional: Gemma 4.
 """
 
