@@ -22,7 +22,7 @@ from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-from swathe.modeling.layers.embedding import RotaryEmbedding, RotaryByLayerType
+from swathe.modeling.layers.embedding import RotaryByLayerType, RotaryEmbedding
 
 TINY: dict[str, Any] = {
     "vocab_size": 99,
