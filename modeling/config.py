@@ -2,8 +2,8 @@
 
 Three rules. A wrong name, type or range raises when the configuration is made. config.json comes
 in and goes out as HF writes it; keys of a file that no field knows are kept in `extra`. How a model
-runs (`attn_implementation` and its like, `kernels`) is never read from or written to a
-file.
+runs (`attn_implementation` and its like, `kernels`, `rope_length`) is never read from or written to
+a file.
 """
 
 from __future__ import annotations

@@ -145,6 +145,17 @@ class DecoderConfig(PreTrainedConfig):
         return {**values, "rope_parameters": cls.rope_spelled(parameters, legacy)}
 
     @classmethod
+    def _changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """As every configuration; rope parameters without a theta keep that of the weights."""
+        old = values.get("rope_parameters")
+        if isinstance(old, Mapping) and "rope_theta" in old:
+            for name in ("rope_parameters", "rope_scaling"):
+                if name in changes and isinstance(changes[name], Mapping | None):
+                    kept = {"rope_theta": old["rope_theta"], **(changes[name] or {})}
+                    changes = {**changes, name: kept}
+        return super()._changed(values, changes)
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Self:
         """As every configuration; a negative pad_token_id, as some files have, means none."""
         pad = values.get("pad_token_id")
@@ -188,8 +199,8 @@ class DecoderConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
-        assert self.rope_parameters is not None
-        check_fits(self.rope_parameters, self.head_dim, partial=self.partial_rotary)
+        rope = self.rope_spelled(self.rope_parameters, {})
+        check_fits(rope, self.head_dim, partial=self.partial_rotary)
         if self.activation not in ACTIVATIONS:
             field = next(n for n in ("hidden_activation", "hidden_act") if n in vars(self))
             raise ConfigError(

@@ -64,8 +64,9 @@ Limit = tuple[Callable[[Any], bool], str]
 
 def _number(value: object, low: float = 0.0) -> bool:
     """Whether it is a number, not a bool, from `low` to the largest that fp32 has."""
-    known = isinstance(value, int | float) and not isinstance(value, bool)
-    return known and low <= value <= torch.finfo(torch.float32).max
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return low <= value <= torch.finfo(torch.float32).max
 
 
 def _positive(value: object) -> bool:
@@ -265,31 +266,30 @@ def check_fits(parameters: Mapping[str, Any], head_dim: int, *, partial: bool) -
 
     `partial`: the model family leaves features past partial_rotary_factor as they are.
     """
-    if "rope_type" not in parameters:
-        for layer_type, own in parameters.items():
-            try:
-                check_fits(own, head_dim, partial=partial)
-            except ConfigError as problem:
-                raise ConfigError(f"rope_parameters[{layer_type!r}]: {problem}") from None
-        return
-    name, share = parameters["rope_type"], parameters.get(PARTIAL, 1.0)
-    kind, R = ROPE_TYPES[name], rotated_features(parameters, head_dim)
-    problem = None
+    by_layer = {"": parameters} if "rope_type" in parameters else parameters
+    for layer_type, own in by_layer.items():
+        problem = _misfit(own, head_dim, partial)
+        if problem:
+            where = f"rope_parameters[{layer_type!r}]: " if layer_type else ""
+            raise ConfigError(f"{where}rope_type {own['rope_type']!r}: {problem}")
+
+
+def _misfit(parameters: Mapping[str, Any], head_dim: int, partial: bool) -> str | None:
+    kind, share = ROPE_TYPES[parameters["rope_type"]], parameters.get(PARTIAL, 1.0)
     if kind.whole_head:
-        R = head_dim
-    elif share < 1 and not partial:
-        problem = (
+        return kind.fits(parameters, head_dim)
+    if share < 1 and not partial:
+        return (
             f"{PARTIAL}={share} is not supported by this model family; the only value allowed is "
             "1.0"
         )
-    elif R < 2 or R % 2:
-        problem = (
+    R = rotated_features(parameters, head_dim)
+    if R < 2 or R % 2:
+        return (
             f"{PARTIAL}={share} of head_dim={head_dim} is {R} features; it must be an even number "
             f"from 2 to {head_dim}"
         )
-    problem = problem or kind.fits(parameters, R)
-    if problem:
-        raise ConfigError(f"rope_type {name!r}: {problem}")
+    return kind.fits(parameters, R)
 
 
 def _check(name: str, kind: RopeType, keys: tuple[str, ...], given: dict[str, Any]) -> None:

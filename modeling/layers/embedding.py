@@ -26,7 +26,7 @@ from swathe.kernels.rotary.api import resolve_rotary, rotary
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.policy import KernelModule
-from swathe.modeling.rope import ROPE_TYPES, RopeType, check_fits
+from swathe.modeling.rope import ROPE_TYPES, RopeType, check_fits, normalised
 
 Length = int | Literal["per_forward"] | None
 
@@ -60,8 +60,9 @@ class RotaryEmbedding(KernelModule):
     """cos and sin (B or 1, T, R) for positions (B or 1, T): fp32, rounded at the end.
 
     R is head_dim, or int(head_dim * partial_rotary_factor). Pairs are halves of R, or with
-    `interleaved` neighbours. Raises ConfigError for parameters that do not fit `head_dim`, for a
-    `length` other than above, and for a type that needs max_position_embeddings without it.
+    `interleaved` neighbours. Raises ConfigError for parameters that are wrong or do not fit
+    `head_dim`, for a `length` other than above, and for a type that depends on a length without
+    max_position_embeddings.
     """
 
     op: ClassVar[str] = "rope"
@@ -78,13 +79,14 @@ class RotaryEmbedding(KernelModule):
         interleaved: bool = False,
     ) -> None:
         super().__init__()
-        check_fits(parameters, head_dim, partial=True)
-        self.rope, self.head_dim, self.interleaved = dict(parameters), head_dim, interleaved
+        self.rope = normalised(parameters, {})
+        check_fits(self.rope, head_dim, partial=True)
+        self.head_dim, self.interleaved = head_dim, interleaved
         if max_position_embeddings is not None:
             self.rope["max_position_embeddings"] = max_position_embeddings
         elif self.kind.at_length:
             raise ConfigError(
-                f"rope_type {parameters['rope_type']!r} depends on a length; give RotaryEmbedding "
+                f"rope_type {self.rope['rope_type']!r} depends on a length; give RotaryEmbedding "
                 "max_position_embeddings, or use RotaryEmbedding.of(config)"
             )
         self.length = _checked_length(length, max_position_embeddings)
@@ -153,8 +155,8 @@ class RotaryEmbedding(KernelModule):
     def _frequencies(self, positions: Tensor) -> Tensor:
         """(R / 2,): the planned ones, or those of this forward's longest position."""
         at_length = self.kind.at_length if self.length == "per_forward" else None
-        if at_length is None or positions.numel() == 0:
-            return self.inv_freq if self.inv_freq.dim() == 1 else self.inv_freq[0]
+        if at_length is None:
+            return self.inv_freq
         length = positions.max() + 1
         if self.longest is not None:
             # transformers goes on with a longer theta until a forward fits into the trained length
@@ -170,7 +172,7 @@ class RotaryEmbedding(KernelModule):
         return f"{self.rope['rope_type']!r}{length}, backend={self.choice.backend}"
 
 
-class RotaryEmbeddings(nn.ModuleDict):
+class RotaryByLayerType(nn.ModuleDict):
     """One RotaryEmbedding for each layer type of a model whose layer types differ in them."""
 
     @classmethod
