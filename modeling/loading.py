@@ -12,13 +12,14 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
+from swathe.modeling.checkpoint.transforms import WeightTransform
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
@@ -42,7 +43,9 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 class LoadingMixin:
-    """The two methods that touch files."""
+    """The two methods that touch files; `_weight_transforms` say where files and model differ."""
+
+    _weight_transforms: ClassVar[Sequence[WeightTransform]] = ()
 
     @classmethod
     def from_pretrained(
@@ -101,6 +104,7 @@ class LoadingMixin:
             strict=strict,  # type: ignore[arg-type]
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
+            transforms=model._weight_transforms,
         )
         _finish(model, chosen, device, directory)
         _warn(path, report)
@@ -140,6 +144,7 @@ class LoadingMixin:
             tensors=written,
             max_shard_size=max_shard_size,
             extra_files=extra,
+            transforms=model._weight_transforms,
         )
 
 
