@@ -153,22 +153,12 @@ def load_into(
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     _require_equal_ties(checkpoint, result)
-    result.report.tied = {
-        name: source
-        for name, source in tied.items()
-        if assembly.stored_name(name) in result.report.tied
-    }
+    known = result.report.tied  # so far by stored names
+    result.report.tied = {a: b for a, b in tied.items() if assembly.stored_name(a) in known}
     assembly.settle(result, dtype)
-    plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
-    with Progress("loading", sum(info.nbytes for _, info in plan), enabled=progress) as bar:
-        for key, info in plan:
-            floating = assembly.wanted[key].is_floating_point()
-            target = dtype if dtype is not None and floating else info.dtype
-            if target != info.dtype:
-                kinds = (info.dtype, target)
-                result.report.cast.update(dict.fromkeys(assembly.model_names(key), kinds))
-            assembly.place(key, _read_as(checkpoint, info, target, check_finite), device)
-            bar.advance(info.nbytes)
+    total = sum(info.nbytes for info in result.plan.values())
+    with Progress("loading", total, enabled=progress) as bar:
+        _read_all(checkpoint, result, assembly, dtype, device, check_finite, bar)
     for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
@@ -192,6 +182,27 @@ def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
                 file=info.file,
                 key=info.name,
             )
+
+
+def _read_all(
+    checkpoint: Checkpoint,
+    result: Match,
+    assembly: Assembly,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    check_finite: bool,
+    bar: Progress,
+) -> None:
+    """Read what is planned in the order of the files, each tensor straight to its place."""
+    plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    for key, info in plan:
+        floating = assembly.wanted[key].is_floating_point()
+        target = dtype if dtype is not None and floating else info.dtype
+        if target != info.dtype:
+            kinds = (info.dtype, target)
+            result.report.cast.update(dict.fromkeys(assembly.model_names(key), kinds))
+        assembly.place(key, _read_as(checkpoint, info, target, check_finite), device)
+        bar.advance(info.nbytes)
 
 
 def _read_as(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype, check: bool) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import GptOssConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -300,6 +301,29 @@ def test_torch_grouped_product_gives_the_same(monkeypatch: pytest.MonkeyPatch) -
             results.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_the_kernel_path_asks_the_device_nothing(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors have no values to ask for, and check strides as torch's CUDA kernel does."""
+    monkeypatch.setattr(grouped, "has_kernel", lambda x, w: True)
+    monkeypatch.setattr(grouped, "launch_mm", lambda *_: pytest.fail("looped"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            module = KINDS[kind]()[1]
+            for tokens_ in (1, 2, 33):
+                module.zero_grad()
+                x = torch.randn(tokens_, HIDDEN, requires_grad=True)
+                y, _ = module(x)
+                y.sum().backward()
+                assert y.shape == x.shape and x.grad is not None
+                assert all(p.grad is not None for p in module.parameters())
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_parts() -> None:
