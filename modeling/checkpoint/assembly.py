@@ -86,17 +86,16 @@ class Assembly:
 
     def place(self, key: str, value: Tensor, device: torch.device | str) -> None:
         """Put stored tensor `key`, already in its final dtype, where it belongs."""
-        group = self._by_stored.get(key)
+        group, first = self._by_stored.get(key), self.model_names(key)[0]
         if group is None or group.transform.renames_only:
-            self.parameters[self.model_names(key)[0]] = value.to(device)
+            self.parameters[first] = value.to(device)
         elif len(group.parameters) > 1:
             parts = group.transform.to_parameters(value)
             for parameter, part in zip(group.parameters, parts, strict=True):
                 self.parameters[parameter] = self._allocate(parameter, value, device).copy_(part)
         else:
             if key not in self._views:
-                whole = self._allocate(group.parameters[0], value, device)
-                self.parameters[group.parameters[0]] = whole
+                self.parameters[first] = whole = self._allocate(first, value, device)
                 self._views |= zip(group.stored, group.transform.to_stored([whole]), strict=True)
             self._views[key].copy_(value)
 

@@ -57,12 +57,18 @@ def combine(y: Tensor, scores: Tensor, groups: Groups) -> Tensor:
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, *, transposed: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, ends: Tensor, transposed: bool
 ) -> Tensor:
     """Group e of x (S, K) times matrix e of `weight`, plus row e of `bias` (E, N): (S, N).
 
-    Shapes: weight (E, N, K) as nn.Linear has it, or (E, K, N) where `transposed`.
+    Shapes: weight (E, N, K) as nn.Linear has it, or (E, K, N) where `transposed`. Autocast lowers
+    all three, as it does for F.linear.
     """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        lower = torch.get_autocast_dtype(kind)
+        x, weight = x.to(lower), weight.to(lower)
+        bias = None if bias is None else bias.to(lower)
     y = grouped_mm(x, weight if transposed else weight.transpose(1, 2), ends)
     if bias is None:
         return y

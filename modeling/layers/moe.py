@@ -175,15 +175,9 @@ class Experts(KernelModule):
 
     def forward(self, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """Tokens (N, H), each to experts chosen (N, k), to their sum weighted by scores: (N, H)."""
-        dtype, kind = x.dtype, x.device.type
-        weights = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
-        if torch.is_autocast_enabled(kind):  # as F.linear does; a grouped product does not
-            lower = torch.get_autocast_dtype(kind)
-            x, *weights = (t if t is None else t.to(lower) for t in (x, *weights))
-        up, up_bias, down, down_bias = weights
-        groups = Groups.of(chosen, up.shape[0])
+        groups = Groups.of(chosen, self.gate_up_proj.shape[0])
         rows = dispatch(x, groups)
-        both = grouped_linear(rows, up, up_bias, groups.ends, transposed=self.transposed)
+        both = self._project(rows, self.gate_up_proj, self.gate_up_proj_bias, groups)
         gated = gated_mlp_act(
             both,
             act=self.act,
@@ -193,8 +187,11 @@ class Experts(KernelModule):
             packed=self.packed,
             implementation=self.choice,
         )
-        y = grouped_linear(gated, down, down_bias, groups.ends, transposed=self.transposed)
-        return combine(y, scores, groups).to(dtype)
+        y = self._project(gated, self.down_proj, self.down_proj_bias, groups)
+        return combine(y, scores, groups).to(x.dtype)
+
+    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: Groups) -> Tensor:
+        return grouped_linear(x, weight, bias, ends=groups.ends, transposed=self.transposed)
 
     def extra_repr(self) -> str:
         """Sizes, the activation and the backend in use."""
