@@ -10,15 +10,16 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
+from swathe.modeling.checkpoint.transforms import WeightTransform
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
@@ -42,7 +43,9 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 
 
 class LoadingMixin:
-    """The two methods that touch files."""
+    """The two methods that touch files; `_weight_transforms` say where files and model differ."""
+
+    _weight_transforms: ClassVar[Sequence[WeightTransform]] = ()
 
     @classmethod
     def from_pretrained(
@@ -85,8 +88,7 @@ class LoadingMixin:
         stored = config or model_class.config_class.from_pretrained(directory)
         own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
-        asked = dtype if torch_dtype is None or dtype != "auto" else torch_dtype
-        chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
+        chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         with torch.device("meta"):
             model = model_class(own)
         report = load_into(
@@ -101,6 +103,7 @@ class LoadingMixin:
             strict=strict,  # type: ignore[arg-type]
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
+            transforms=model._weight_transforms,
         )
         _finish(model, chosen, device, directory)
         _warn(path, report)
@@ -140,6 +143,7 @@ class LoadingMixin:
             tensors=written,
             max_shard_size=max_shard_size,
             extra_files=extra,
+            transforms=model._weight_transforms,
         )
 
 
@@ -213,8 +217,13 @@ def _single_device(device_map: object) -> torch.device:
 
 
 def _dtype(
-    asked: torch.dtype | str | None, config: PreTrainedConfig, stored: Iterable[torch.dtype]
+    asked: torch.dtype | str | None,
+    alias: torch.dtype | str | None,
+    config: PreTrainedConfig,
+    checkpoint: Checkpoint,
 ) -> torch.dtype:
+    if asked == "auto" and alias is not None:
+        asked = alias
     if asked != "auto":
         chosen = dtype_named(asked, "from_pretrained") or torch.float32
         if not chosen.is_floating_point:
@@ -222,7 +231,8 @@ def _dtype(
         return chosen
     if config.dtype is not None:
         return config.dtype
-    return next((d for d in stored if d.is_floating_point), torch.float32)
+    stored = (info.dtype for info in checkpoint.tensors.values())
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
 
 
 def _finish(

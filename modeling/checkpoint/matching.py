@@ -158,9 +158,14 @@ def _key_problems(
 
     missing = [name for name in result.report.missing if is_body(name)]
     unexpected = [key for key in result.report.unexpected if is_stored_body(key)]
+    pairs = [
+        *(("missing", name, unexpected) for name in missing),
+        *(("unexpected", key, missing) for key in unexpected),
+    ]
     return [
-        *(("E_KEYS", n, f"missing {n!r}{_near(n, unexpected)}") for n in missing),
-        *(("E_KEYS", k, f"unexpected {k!r}{_near(k, missing)}") for k in unexpected),
+        # the rest is only counted, and difflib takes milliseconds a name
+        ("E_KEYS", name, f"{what} {name!r}{_near(name, others) if i < LISTED else ''}")
+        for i, (what, name, others) in enumerate(pairs)
     ]
 
 
