@@ -23,6 +23,11 @@ from swathe.modeling.forward import (
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
+from swathe.modeling.heads import (
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
 from swathe.modeling.layers.decoder import DecoderLayer, run_layer
 from swathe.modeling.layers.embedding import RotaryEmbedding
 from swathe.modeling.layers.norm import RMSNorm
@@ -182,3 +187,23 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             attentions=body.attentions,
         )
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
+
+
+class LlamaForSequenceClassification(ForSequenceClassification, LlamaPreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = LlamaModel
+
+
+class LlamaForTokenClassification(ForTokenClassification, LlamaPreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = LlamaModel
+
+
+class LlamaForQuestionAnswering(ForQuestionAnswering, LlamaPreTrainedModel):
+    """The body and two logits a token; HF stores the body of this one as `transformer`."""
+
+    base_model_prefix: ClassVar[str] = "transformer"
+    body_class = LlamaModel
+    _key_renames: ClassVar[Mapping[str, str]] = {r"^model\.": "transformer."}
