@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import swathe
 from support.tiny_bert import CLOSE, HEADS, IDS, TINY, TYPES, B, T, pair, same
 from swathe.kernels.attention.api import Mask
 from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.modeling.masks import bidirectional_mask
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -93,6 +95,12 @@ def test_a_sequence_of_padding_alone_disturbs_nobody(attn: str) -> None:
     torch.testing.assert_close(hidden[[0, 2]], alone, atol=2e-5, rtol=2e-5)
     hidden.square().sum().backward()
     assert hidden.isfinite().all() and vectors.grad is not None and vectors.grad.isfinite().all()
+    # nothing is attended to, so that only the biases and the residual stream remain
+    _, eager = pair("BertModel")
+    expected = eager(IDS, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=2e-5)
+    first = model.encoder.layer[0].attention.self
+    assert not first(vectors, bidirectional_mask(mask, vectors))[0][1].any()
 
 
 def test_positions_types_and_embeddings() -> None:
@@ -141,6 +149,23 @@ def test_losses_and_every_gradient(head: str, attn: str) -> None:
         )
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_problem_types_alternate(count: int) -> None:
+    theirs, model = pair("BertForSequenceClassification", num_labels=count)
+    given = [torch.rand(B)] if count == 1 else [torch.tensor([0, 3, 1]), torch.rand(B, 4)]
+    for labels in (*given, *given):
+        theirs.config.problem_type = None  # which they would keep from the batch before
+        torch.testing.assert_close(
+            model(IDS, labels=labels).loss, theirs(IDS, labels=labels).loss, **CLOSE
+        )
+        assert model.config.problem_type is None
+    numbers = torch.rand(B, count)
+    theirs.config.problem_type = model.config.problem_type = "regression"
+    torch.testing.assert_close(
+        model(IDS, labels=numbers).loss, theirs(IDS, labels=numbers).loss, **CLOSE
+    )
+
+
 def test_fused_masked_lm_loss() -> None:
     _, model = pair("BertForMaskedLM")
     inputs = {"attention_mask": PADDING["right"], **labels_for("BertForMaskedLM")}
@@ -169,6 +194,16 @@ def test_bf16_is_a_few_roundings_away(head: str) -> None:
     error, allowed = ((t.double() - exact).norm() / exact.norm() for t in (found, expected))
     assert error <= max(1.25 * allowed, 2**-8), (error, allowed)
     assert (found.double() - expected.double()).norm() / exact.norm() <= 1.25 * allowed
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_autocast(attn: str) -> None:
+    theirs, model = pair("BertForMaskedLM", attn)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, logits = theirs(IDS).logits, model(IDS).logits
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    exact = theirs(IDS).logits
+    assert (logits - exact).norm() <= 1.5 * (expected - exact).norm()
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -206,6 +241,16 @@ def test_switching_backends() -> None:
         torch.testing.assert_close(model(IDS)[0], expected, atol=2e-5, rtol=2e-5)
     with pytest.raises(ValueError, match="did you mean 'sdpa'"):
         model.set_attn_implementation("sdpaa")
+
+
+def test_a_warm_up_stays_within_the_positions() -> None:
+    _, model = pair("BertForMaskedLM")
+    assert swathe.warmup(model, tokens=(1, 16, 128, 1024)).runs == 3
+    model.config.loss_implementation = "eager"
+    assert swathe.warmup(model, tokens=(4,), training=True).runs == 1
+    _, classifier = pair("BertForSequenceClassification")
+    classifier.config.loss_implementation = "eager"
+    assert swathe.warmup(classifier, tokens=(4,), training=True).runs == 1
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])

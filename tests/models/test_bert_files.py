@@ -54,6 +54,11 @@ def test_old_names_and_prefixes_load(tmp_path: Path) -> None:
     body = ours.BertModel.from_pretrained(tmp_path)
     same(body(IDS), theirs.bert.eval()(IDS))
 
+    stored["bert.embeddings.LayerNorm.weight"] = torch.ones(32)
+    save_file(stored, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"both mean the parameter 'bert.embeddings.LayerN"):
+        ours.BertForMaskedLM.from_pretrained(tmp_path)
+
     body.save_pretrained(tmp_path / "body")
     model, info = ours.BertForTokenClassification.from_pretrained(
         tmp_path / "body", output_loading_info=True

@@ -60,6 +60,11 @@ class BertPreTrainedModel(PreTrainedModel):
                 raise UnsupportedFeature(f"{type(self).__name__}.forward: no {name}: {reason}")
         return super().__call__(*args, **kwargs)
 
+    @property
+    def longest_input(self) -> int:
+        """How many tokens have a position."""
+        return self.config.max_position_embeddings
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As every model; LayerNorms change nothing, the bias over the vocabulary is 0."""
@@ -100,11 +105,10 @@ class BertModel(BertPreTrainedModel):
         Raises ValueError or TypeError for what does not fit, also for more tokens than positions.
         """
         words = checked_embeddings(self.embeddings.word_embeddings, input_ids, inputs_embeds)
-        limit = self.config.max_position_embeddings
-        if position_ids is None and words.shape[1] > limit:
+        if position_ids is None and words.shape[1] > self.longest_input:
             raise ValueError(
                 f"the sequences have {words.shape[1]} tokens; the model has positions for "
-                f"max_position_embeddings={limit}. Cut them, or pass position_ids"
+                f"max_position_embeddings={self.longest_input}. Cut them, or pass position_ids"
             )
         positions = positions_after(0, words, position_ids)
         hidden, states, attentions = self.encoder(
