@@ -191,6 +191,33 @@ def test_a_prompt_in_two_pieces() -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_losses_compile_in_one_graph(head: str) -> None:
+    _, model = pair(head, num_hidden_layers=1)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inputs = {"attention_mask": RIGHT, **labels_for(head)}
+    if head == "LlamaForSequenceClassification":
+        inputs["use_cache"] = False
+    expected, out = model(PADDED, **inputs), compiled(PADDED, **inputs)
+    assert list(out) == list(expected)
+    for name in out:
+        torch.testing.assert_close(out[name], expected[name], **CLOSE)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradient_checkpointing(head: str) -> None:
+    _, model = pair(head)
+    inputs, grads = {"attention_mask": RIGHT, **labels_for(head)}, []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        loss = model.train()(PADDED, **inputs).loss
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_files_go_both_ways(head: str, tmp_path: Path) -> None:
     theirs, _ = pair(head, num_labels=2)
     theirs.save_pretrained(tmp_path / "theirs")
