@@ -127,8 +127,8 @@ def load_into(
 
     `dtype` None keeps each stored dtype. `tied` maps a tied parameter to its source: both become
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
-    the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
-    head parameters as they are and reports them; True lets nothing differ; False lets anything.
+    the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
+    `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
     stored ones. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS,
     E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
@@ -147,6 +147,8 @@ def load_into(
         directory=checkpoint.directory,
         tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,
+        renames=getattr(model, "_key_renames", {}),
+        head_parts=getattr(model, "_head_parts", ()),
         ignore_missing=ignore_missing,
         ignore_unexpected=ignore_unexpected,
         strict=strict,

@@ -10,6 +10,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.gemma.configuration_gemma import GemmaConfig
+from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.norm import RMSNorm
 from swathe.modeling.layers.scaled_embedding import ScaledEmbedding
@@ -47,3 +48,15 @@ class GemmaForCausalLM(GemmaPreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = GemmaModel
+
+
+class GemmaForSequenceClassification(ForSequenceClassification, GemmaPreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = GemmaModel
+
+
+class GemmaForTokenClassification(ForTokenClassification, GemmaPreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = GemmaModel

@@ -10,6 +10,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.gemma2.configuration_gemma2 import Gemma2Config
+from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.decoder import DecoderLayer, SandwichLayer
 from swathe.modeling.layers.scaled_embedding import ScaledEmbedding
 
@@ -37,3 +38,15 @@ class Gemma2ForCausalLM(Gemma2PreTrainedModel, CausalLM):
     """The body and a head over the vocabulary, whose logits have a softcap."""
 
     body_class: ClassVar[type[DecoderModel]] = Gemma2Model
+
+
+class Gemma2ForSequenceClassification(ForSequenceClassification, Gemma2PreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = Gemma2Model
+
+
+class Gemma2ForTokenClassification(ForTokenClassification, Gemma2PreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = Gemma2Model

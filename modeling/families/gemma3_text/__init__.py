@@ -4,4 +4,5 @@ CLASSES = {
     "config": "Gemma3TextConfig",
     "base": "Gemma3TextModel",
     "causal_lm": "Gemma3ForCausalLM",
+    "seq_cls": "Gemma3TextForSequenceClassification",
 }

@@ -13,6 +13,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.gemma3_text.configuration_gemma3_text import Gemma3TextConfig
+from swathe.modeling.heads import ForSequenceClassification
 from swathe.modeling.layers.attention import NormedAttention, SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer, SandwichLayer
 from swathe.modeling.layers.embedding import RotaryEmbeddings, Rotation
@@ -67,3 +68,9 @@ class Gemma3ForCausalLM(Gemma3PreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = Gemma3TextModel
+
+
+class Gemma3TextForSequenceClassification(ForSequenceClassification, Gemma3PreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = Gemma3TextModel

@@ -6,11 +6,17 @@ query heads, the MLP is gated: this is what modeling/decoder.py builds where a f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
+from swathe.modeling.heads import (
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
 
 
 class LlamaPreTrainedModel(DecoderPreTrainedModel):
@@ -28,3 +34,23 @@ class LlamaForCausalLM(LlamaPreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = LlamaModel
+
+
+class LlamaForSequenceClassification(ForSequenceClassification, LlamaPreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = LlamaModel
+
+
+class LlamaForTokenClassification(ForTokenClassification, LlamaPreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = LlamaModel
+
+
+class LlamaForQuestionAnswering(ForQuestionAnswering, LlamaPreTrainedModel):
+    """The body and two logits a token; HF stores the body of this one as `transformer`."""
+
+    base_model_prefix: ClassVar[str] = "transformer"
+    body_class = LlamaModel
+    _key_renames: ClassVar[Mapping[str, str]] = {r"^model\.": "transformer."}

@@ -7,6 +7,11 @@ from typing import ClassVar
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.families.mistral.configuration_mistral import MistralConfig
+from swathe.modeling.heads import (
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
 
 
 class MistralPreTrainedModel(DecoderPreTrainedModel):
@@ -24,3 +29,21 @@ class MistralForCausalLM(MistralPreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = MistralModel
+
+
+class MistralForSequenceClassification(ForSequenceClassification, MistralPreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = MistralModel
+
+
+class MistralForTokenClassification(ForTokenClassification, MistralPreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = MistralModel
+
+
+class MistralForQuestionAnswering(ForQuestionAnswering, MistralPreTrainedModel):
+    """The body and two logits a token."""
+
+    body_class = MistralModel

@@ -13,6 +13,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.phi3.configuration_phi3 import Phi3Config
+from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.attention import SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.embedding import Rotation
@@ -94,3 +95,15 @@ class Phi3ForCausalLM(Phi3PreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = Phi3Model
+
+
+class Phi3ForSequenceClassification(ForSequenceClassification, Phi3PreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = Phi3Model
+
+
+class Phi3ForTokenClassification(ForTokenClassification, Phi3PreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = Phi3Model

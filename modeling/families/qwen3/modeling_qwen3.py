@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.qwen3.configuration_qwen3 import Qwen3Config
+from swathe.modeling.heads import (
+    ForQuestionAnswering,
+    ForSequenceClassification,
+    ForTokenClassification,
+)
 from swathe.modeling.layers.attention import NormedAttention, SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer
 
@@ -39,3 +45,23 @@ class Qwen3ForCausalLM(Qwen3PreTrainedModel, CausalLM):
     """The body and a head over the vocabulary."""
 
     body_class: ClassVar[type[DecoderModel]] = Qwen3Model
+
+
+class Qwen3ForSequenceClassification(ForSequenceClassification, Qwen3PreTrainedModel):
+    """The body and a classifier of sequences."""
+
+    body_class = Qwen3Model
+
+
+class Qwen3ForTokenClassification(ForTokenClassification, Qwen3PreTrainedModel):
+    """The body and a classifier of tokens."""
+
+    body_class = Qwen3Model
+
+
+class Qwen3ForQuestionAnswering(ForQuestionAnswering, Qwen3PreTrainedModel):
+    """The body and two logits a token; HF stores the body of this one as `transformer`."""
+
+    base_model_prefix: ClassVar[str] = "transformer"
+    body_class = Qwen3Model
+    _key_renames: ClassVar[Mapping[str, str]] = {r"^model\.": "transformer."}
