@@ -22,8 +22,11 @@ from swathe.modeling.checkpoint.reader import Checkpoint, load_into
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
+from swathe.modeling.devices import Placement, place
+from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, local_directory
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -36,8 +39,15 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
-    "local_files_only": (None, True, False),
     "trust_remote_code": (None, False),
+}
+# parts of transformers that are not here: what loads such a checkpoint instead
+ELSEWHERE = {
+    "quantization_config": "quantised weights",
+    "gguf_file": "GGUF files",
+    "adapter_kwargs": "adapters",
+    "load_in_4bit": "quantised weights",
+    "load_in_8bit": "quantised weights",
 }
 
 
@@ -52,7 +62,8 @@ class LoadingMixin:
         config: PreTrainedConfig | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
         attn_implementation: str | None = None,
         norm_implementation: str | None = None,
         rope_implementation: str | None = None,
@@ -70,30 +81,35 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
+        path: else a hub repository, with `revision`, `token`, `cache_dir`, `local_files_only` and
+        `force_download`, where the extra swathe[hub] is installed.
         dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
-        device_map: one device for all. strict: "head" lets parameters of a new head be missing,
-        True nothing, False anything. Other keyword arguments replace configuration values.
+        device_map: a device, a dict of modules and devices, or "auto" with `max_memory`, see
+        modeling/devices.py. strict: "head" lets parameters of a new head be missing, True nothing,
+        False anything. Other keyword arguments replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
-        an unknown argument. With `output_loading_info`, returns (model, HF's dict of key sets).
+        an unknown argument. With `output_loading_info`, returns (model, HF's dict of key sets);
+        `model.load_report` says more.
         """
         model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
         _refuse_meta_context()
-        overrides = _config_overrides(model_class, options)
-        device, directory = _single_device(device_map), Path(path) / subfolder
+        overrides, hub = _config_overrides(model_class, options)
+        directory = local_directory(path, subfolder, **hub) / subfolder
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
         stored = config or model_class.config_class.from_pretrained(directory)
-        own = stored.replace(**overrides).running(kernels, **backends)
+        own = _unquantised(stored).replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
         asked = dtype if torch_dtype is None or dtype != "auto" else torch_dtype
         chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
         with torch.device("meta"):
             model = model_class(own)
+        placement = place(model, device_map, max_memory, chosen)
         report = load_into(
             model,
             checkpoint,
             dtype=chosen,
-            device=device,
+            device=placement.device_of,
             tied=model.tied_parameters(),
             prefix=model.base_model_prefix,
             ignore_missing=_patterns("missing", ignore_missing, cls, config),
@@ -102,7 +118,10 @@ class LoadingMixin:
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
         )
-        _finish(model, chosen, device, directory)
+        _finish(model, chosen, placement, directory)
+        if device_map is not None:
+            attach(model, placement)
+        model.load_report = report
         _warn(path, report)
         return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
@@ -112,12 +131,21 @@ class LoadingMixin:
         *,
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
     ) -> None:
         """Write config.json and safetensors as HF does, whole or not at all.
 
-        Tied parameters are stored once, and config.json says what is really tied. Raises
-        NotADirectoryError, OSError, or ValueError for tensors that cannot be stored.
+        Tied parameters are stored once, and config.json says what is really tied. Of several
+        processes with the same model, only the main one writes. With `push_to_hub`, the model is
+        uploaded too, to `repo_id` or a repository named as the directory, with HubMixin's options.
+        Raises NotADirectoryError, OSError, or ValueError for tensors that cannot be stored.
         """
+        _check_publishing(push_to_hub, repo_id, hub)
+        if not is_main_process:
+            return
         model: PreTrainedModel = self  # type: ignore[assignment]
         tensors = dict(model.state_dict() if state_dict is None else state_dict)
         shared = {
@@ -141,6 +169,26 @@ class LoadingMixin:
             max_shard_size=max_shard_size,
             extra_files=extra,
         )
+        if push_to_hub:
+            name = repo_id or Path(directory).resolve().name
+            model.push_to_hub(name, max_shard_size=max_shard_size, **hub)
+
+
+def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
+    """Before anything is written: options of an upload are known, and there is an upload."""
+    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
+    allowed -= {"self", "repo_id", "max_shard_size"}
+    for name in hub:
+        if name not in allowed:
+            raise TypeError(
+                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed)}; with "
+                f"push_to_hub=True it takes {sorted(allowed)}"
+            )
+    if not push_to_hub and (hub or repo_id):
+        raise ValueError(
+            f"save_pretrained: {sorted(hub) or ['repo_id']} say how to publish, but push_to_hub is "
+            "False; pass push_to_hub=True or leave them out"
+        )
 
 
 def _refuse_meta_context() -> None:
@@ -157,24 +205,51 @@ def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, .
     return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
 
 
-def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
-    """The part of `**options` for the configuration; TypeError for a name that nothing takes."""
-    own = set(inspect.signature(LoadingMixin.from_pretrained).parameters) - {"path", "options"}
+def _config_overrides(
+    cls: type[PreTrainedModel], options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`**options` for the configuration and for the hub; an error for a name that nothing takes."""
+    own = {*inspect.signature(LoadingMixin.from_pretrained).parameters, *HUB_OPTIONS}
+    own -= {"path", "options"}
     fields = set(cls.config_class.accepted_keys()) - set(RUNTIME)
     for name, value in options.items():
+        if name in ELSEWHERE and value:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_pretrained: {name}={value!r} asks for {ELSEWHERE[name]}, "
+                "which are not read here; load the model with transformers"
+            )
         if name in WITHOUT_EFFECT:
             if not any(value is allowed for allowed in WITHOUT_EFFECT[name]):
                 raise ValueError(
                     f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported; allowed: "
                     f"{WITHOUT_EFFECT[name]}. Leave the argument out"
                 )
-        elif name not in fields:
+        elif name not in {*fields, *HUB_OPTIONS, *ELSEWHERE}:
             near = did_you_mean(name, own | fields)
             raise TypeError(
                 f"{cls.__name__}.from_pretrained has no argument {name!r}{near}; allowed: "
                 f"{sorted(own)} and fields of {cls.config_class.__name__}"
             )
-    return {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
+    if options.get("offload_state_dict"):
+        logger.info(
+            "offload_state_dict=True changes nothing: weights are always read one by one, straight "
+            'to their devices. To keep layers on the CPU use device_map="auto" with max_memory'
+        )
+    passed_over = {*HUB_OPTIONS, *WITHOUT_EFFECT, *ELSEWHERE}
+    return (
+        {name: value for name, value in options.items() if name not in passed_over},
+        {name: value for name, value in options.items() if name in HUB_OPTIONS},
+    )
+
+
+def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    if config.extra.get("quantization_config"):
+        raise NotImplementedError(
+            f"config.json has a quantization_config ({config.extra['quantization_config']}); "
+            "quantised weights are not read here: load the model with transformers, or use a "
+            "checkpoint in bfloat16"
+        )
+    return config
 
 
 def _implementations(
@@ -191,27 +266,6 @@ def _warn(path: str | Path, report: Any) -> None:
         logger.warning("%s: %s", path, report)
 
 
-def _single_device(device_map: object) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise ValueError(
-                f"device_map={dict(device_map)!r}: splitting a model over devices is not "
-                'supported; pass one device, such as "cuda:0" or {"": "cuda:0"}'
-            )
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.get_default_device()
-    if isinstance(device_map, bool) or not isinstance(device_map, str | int | torch.device):
-        raise TypeError(f"device_map={device_map!r}; it must name one device, such as 'cuda:0'")
-    try:
-        return torch.device(device_map)
-    except RuntimeError:
-        raise ValueError(
-            f"device_map={device_map!r} names no device; allowed: one device such as 'cpu', "
-            "'cuda:0' or 0"
-        ) from None
-
-
 def _dtype(
     asked: torch.dtype | str | None, config: PreTrainedConfig, stored: Iterable[torch.dtype]
 ) -> torch.dtype:
@@ -226,13 +280,13 @@ def _dtype(
 
 
 def _finish(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, directory: Path
+    model: PreTrainedModel, dtype: torch.dtype, placement: Placement, directory: Path
 ) -> None:
-    """Missing parameters, buffers and ties on the device; kernels; how the model generates."""
-    for module in model.modules():
-        _initialise_missing(model, module, dtype, device)
+    """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
+    for name, module in model.named_modules():
+        _initialise_missing(model, name, dtype, placement)
         if any(b.is_meta for b in module.buffers(recurse=False)):
-            module.reset_buffers(device)  # type: ignore[operator]
+            module.reset_buffers(placement.device_of(name))  # type: ignore[operator]
     model.tie_weights()
     model.config.dtype = dtype
     model._adopt(model._kernel_policy)
@@ -242,15 +296,18 @@ def _finish(
 
 @torch.no_grad()
 def _initialise_missing(
-    model: PreTrainedModel, module: nn.Module, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, path: str, dtype: torch.dtype, placement: Placement
 ) -> None:
+    module = model.get_submodule(path)
     own = dict(module.named_parameters(recurse=False))
-    missing = [name for name, parameter in own.items() if parameter.is_meta]
+    where = {name: placement.device_of(f"{path}.{name}" if path else name) for name in own}
+    # a device_map may leave parts on meta, without values
+    missing = [name for name, p in own.items() if p.is_meta and where[name].type != "meta"]
     if not missing:
         return
     loaded = {name: p.clone() for name, p in own.items() if not p.is_meta}
     for name in missing:
-        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=device)
+        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=where[name])
         setattr(module, name, nn.Parameter(filler, requires_grad=own[name].requires_grad))
     model._init_weights(module)
     for name, value in loaded.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     tied: Mapping[str, str],
     prefix: str,
     ignore_missing: Sequence[str] = (),
@@ -126,6 +126,7 @@ def load_into(
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
     the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
     head parameters as they are and reports them; True lets nothing differ; False lets anything.
+    `device` may be a function of a parameter's name; nothing is kept elsewhere on the way.
     Peak memory is the model and one tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE,
     E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
@@ -155,7 +156,8 @@ def load_into(
             target = dtype if dtype is not None and wanted[name].is_floating_point() else info.dtype
             if target != info.dtype:
                 result.report.cast[name] = (info.dtype, target)
-            loaded[name] = _read_as(checkpoint, info, target, check_finite).to(device)
+            where = device(name) if callable(device) else device
+            loaded[name] = _read_as(checkpoint, info, target, check_finite).to(where)
             bar.advance(info.nbytes)
     for name, value in loaded.items():
         _assign(model, name, value)
