@@ -219,7 +219,8 @@ def _check_names(model: PreTrainedModel, chosen: Mapping[str, torch.device]) -> 
 
 def _check_whole(model: PreTrainedModel, chosen: Mapping[str, torch.device]) -> None:
     """Raise ValueError for ties and whole modules on more than one device."""
-    where = {name: chosen[found] for name in _tensors(model) if (found := _covering(name, chosen))}
+    covered = {name: _covering(name, chosen) for name in _tensors(model)}
+    where = {name: chosen[found] for name, found in covered.items() if found is not None}
     for name, source in model.tied_parameters().items():
         if where.get(name) != where.get(source):
             raise ValueError(

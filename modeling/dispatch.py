@@ -92,7 +92,7 @@ def dispatch_model(
         dotted = f"{name}." if name else ""
         for own, parameter in module.named_parameters(recurse=False):
             value = parameter.data.to(placement.device_of(dotted + own))
-            if value.is_meta == parameter.is_meta:
+            if torch._has_compatible_shallow_copy_type(parameter, value):
                 parameter.data = value  # the same Parameter, for optimisers that hold it
             else:
                 setattr(module, own, nn.Parameter(value, requires_grad=parameter.requires_grad))

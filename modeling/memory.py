@@ -68,7 +68,7 @@ class MemoryEstimate:
             ("gradients", self.gradients, "exact"),
             ("optimizer", self.optimizer, "exact, AdamW"),
             ("kv_cache", self.kv_cache, "exact"),
-            ("logits", self.logits, "estimate"),
+            ("logits", self.logits, "estimate" if self.gradients else "exact"),
             ("activations", self.activations, "estimate"),
         ]
 
