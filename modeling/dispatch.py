@@ -92,7 +92,7 @@ def dispatch_model(
         dotted = f"{name}." if name else ""
         for own, parameter in module.named_parameters(recurse=False):
             value = parameter.data.to(placement.device_of(dotted + own))
-            if torch._has_compatible_shallow_copy_type(parameter, value):
+            if torch._has_compatible_shallow_copy_type(parameter, value):  # type: ignore[attr-defined]
                 parameter.data = value  # the same Parameter, for optimisers that hold it
             else:
                 setattr(module, own, nn.Parameter(value, requires_grad=parameter.requires_grad))
@@ -100,15 +100,14 @@ def dispatch_model(
             module._buffers[own] = buffer.to(placement.device_of(dotted + own))
     model.tie_weights()
     model._adopt(model._kernel_policy)
-    attach(model, placement)
-    return model
+    return attach(model, placement)
 
 
-def attach(model: PreTrainedModel, placement: Placement) -> None:
+def attach(model: PreTrainedModel, placement: Placement) -> PreTrainedModel:
     """Register the hooks of a model whose tensors lie as `placement` says, where it needs any."""
     model.hf_device_map = placement.as_hf()
     if len(placement.devices()) < 2:
-        return
+        return model
     moves = _Moves()
     head = model.get_output_embeddings()
     labels = list((model if head is None else head).parameters())[-1].device
@@ -121,6 +120,7 @@ def attach(model: PreTrainedModel, placement: Placement) -> None:
     model.register_forward_hook(_Results(placement.main, moves))
     if head is not None and model.base_model is not model:
         model.base_model.register_forward_hook(_LastState(labels, moves))
+    return model
 
 
 class _Moves:

@@ -80,16 +80,15 @@ class GradientMixin(nn.Module):
         """What transformers' own methods call: `checkpoint`, or a partial of it with arguments."""
         if not enable:
             return self.gradient_checkpointing_disable()
-        given = gradient_checkpointing_func
-        is_partial = isinstance(given, partial)
-        if (given.func if is_partial else given) is not checkpoint:
+        given, arguments = gradient_checkpointing_func, None
+        if isinstance(given, partial):
+            given, arguments = given.func, given.keywords
+        if given is not checkpoint:
             raise ValueError(
                 f"gradient_checkpointing_func={given!r} is not supported; layers are recomputed by "
                 "torch.utils.checkpoint.checkpoint, or functools.partial of it with arguments"
             )
-        return self.gradient_checkpointing_enable(
-            given.keywords if is_partial else None, every_n_layers
-        )
+        return self.gradient_checkpointing_enable(arguments, every_n_layers)
 
     @property
     def is_gradient_checkpointing(self) -> bool:

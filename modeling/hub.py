@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 # "gpt2" or "organisation/name": what the hub allows, and nothing that can leave a directory
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+CONFIG_ONLY = ("config.json",)
 _NEEDED = (
-    "config.json",
+    *CONFIG_ONLY,
     "generation_config.json",
     "model.safetensors",
     "model-*.safetensors",
@@ -81,12 +82,19 @@ class HubMixin:
         return str(done)
 
 
-def local_directory(path: str | Path, subfolder: str = "", **options: Any) -> Path:
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take those of HUB_OPTIONS out of `options`."""
+    return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+
+
+def local_directory(
+    path: str | Path, subfolder: str = "", files: tuple[str, ...] = _NEEDED, **options: Any
+) -> Path:
     """The directory named by `path`, or a snapshot of the hub repository of that name.
 
-    `options` are those of HUB_OPTIONS. A path that exists, or that cannot name a repository, is
-    returned as it is. Raises ImportError, with the way to install it, where huggingface_hub is
-    needed and missing; otherwise what huggingface_hub raises, with a note.
+    Only `files` (patterns) are downloaded. `options` are those of HUB_OPTIONS. A path that exists,
+    or that cannot name a repository, is returned as it is. Raises ImportError, with the way to
+    install it, where huggingface_hub is needed and missing; else what that raises, with a note.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if Path(path).exists() or not isinstance(path, str) or not _REPOSITORY.fullmatch(path):
@@ -95,7 +103,7 @@ def local_directory(path: str | Path, subfolder: str = "", **options: Any) -> Pa
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         snapshot = hub.snapshot_download(
-            path, allow_patterns=[prefix + name for name in _NEEDED], **given
+            path, allow_patterns=[prefix + name for name in files], **given
         )
     except Exception as error:
         error.add_note(

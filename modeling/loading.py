@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
+from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
@@ -26,7 +27,7 @@ from swathe.modeling.devices import Placement, place
 from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.hub import HUB_OPTIONS, HubMixin, local_directory
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class LoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Any],
         path: str | Path,
         *,
         config: PreTrainedConfig | None = None,
@@ -81,48 +82,37 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        path: else a hub repository, with `revision`, `token`, `cache_dir`, `local_files_only` and
-        `force_download`, where the extra swathe[hub] is installed.
-        dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
-        device_map: a device, a dict of modules and devices, or "auto" with `max_memory`, see
-        modeling/devices.py. strict: "head" lets parameters of a new head be missing, True nothing,
-        False anything. Other keyword arguments replace configuration values.
+        path: else a hub repository (modeling/hub.py), read with the options `revision`, `token`,
+        `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
+        first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
+        "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
+        nothing, False anything. Other keyword arguments replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
-        an unknown argument. With `output_loading_info`, returns (model, HF's dict of key sets);
-        `model.load_report` says more.
+        an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
-        model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
-        _refuse_meta_context()
-        overrides, hub = _config_overrides(model_class, options)
-        directory = local_directory(path, subfolder, **hub) / subfolder
+        overrides = _config_overrides(cls, options)
+        directory = local_directory(path, subfolder, **hub_options(options)) / subfolder
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
-        stored = config or model_class.config_class.from_pretrained(directory)
-        own = _unquantised(stored).replace(**overrides).running(kernels, **backends)
+        stored = _unquantised(config or cls.config_class.from_pretrained(directory))
+        own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
-        asked = dtype if torch_dtype is None or dtype != "auto" else torch_dtype
-        chosen = _dtype(asked, own, (info.dtype for info in checkpoint.tensors.values()))
-        with torch.device("meta"):
-            model = model_class(own)
+        chosen = _dtype(dtype if dtype != "auto" else torch_dtype or dtype, own, checkpoint)
+        model = _on_meta(cls, own)
         placement = place(model, device_map, max_memory, chosen)
-        report = load_into(
+        report = _read(
             model,
             checkpoint,
+            placement,
             dtype=chosen,
-            device=placement.device_of,
-            tied=model.tied_parameters(),
-            prefix=model.base_model_prefix,
             ignore_missing=_patterns("missing", ignore_missing, cls, config),
             ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
-            strict=strict,  # type: ignore[arg-type]
+            strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
         )
-        _finish(model, chosen, placement, directory)
-        if device_map is not None:
-            attach(model, placement)
-        model.load_report = report
-        _warn(path, report)
+        _finish(model, report, chosen, placement, directory)
+        model = model if device_map is None else attach(model, placement)
         return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
     def save_pretrained(
@@ -191,12 +181,27 @@ def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, 
         )
 
 
-def _refuse_meta_context() -> None:
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     if torch.get_default_device().type == "meta":
         raise RuntimeError(
             "You are using `from_pretrained` with a meta device context manager, which would "
             "discard the weights; leave the context, or use from_config in it"
         )
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _read(
+    model: PreTrainedModel, checkpoint: Checkpoint, placement: Placement, **options: Any
+) -> LoadReport:
+    return load_into(
+        model,
+        checkpoint,
+        device=placement.device_of,
+        tied=model.tied_parameters(),
+        prefix=model.base_model_prefix,
+        **options,
+    )
 
 
 def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
@@ -205,10 +210,8 @@ def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, .
     return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
 
 
-def _config_overrides(
-    cls: type[PreTrainedModel], options: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`**options` for the configuration and for the hub; an error for a name that nothing takes."""
+def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
+    """The part of `**options` for the configuration; an error for a name that nothing takes."""
     own = {*inspect.signature(LoadingMixin.from_pretrained).parameters, *HUB_OPTIONS}
     own -= {"path", "options"}
     fields = set(cls.config_class.accepted_keys()) - set(RUNTIME)
@@ -236,10 +239,7 @@ def _config_overrides(
             'to their devices. To keep layers on the CPU use device_map="auto" with max_memory'
         )
     passed_over = {*HUB_OPTIONS, *WITHOUT_EFFECT, *ELSEWHERE}
-    return (
-        {name: value for name, value in options.items() if name not in passed_over},
-        {name: value for name, value in options.items() if name in HUB_OPTIONS},
-    )
+    return {name: value for name, value in options.items() if name not in passed_over}
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -261,13 +261,8 @@ def _implementations(
     return {**fields, "loss_implementation": loss}
 
 
-def _warn(path: str | Path, report: Any) -> None:
-    if report.missing or report.unexpected or report.mismatched:
-        logger.warning("%s: %s", path, report)
-
-
 def _dtype(
-    asked: torch.dtype | str | None, config: PreTrainedConfig, stored: Iterable[torch.dtype]
+    asked: torch.dtype | str | None, config: PreTrainedConfig, checkpoint: Checkpoint
 ) -> torch.dtype:
     if asked != "auto":
         chosen = dtype_named(asked, "from_pretrained") or torch.float32
@@ -276,13 +271,21 @@ def _dtype(
         return chosen
     if config.dtype is not None:
         return config.dtype
+    stored = (info.dtype for info in checkpoint.tensors.values())
     return next((d for d in stored if d.is_floating_point), torch.float32)
 
 
 def _finish(
-    model: PreTrainedModel, dtype: torch.dtype, placement: Placement, directory: Path
+    model: PreTrainedModel,
+    report: LoadReport,
+    dtype: torch.dtype,
+    placement: Placement,
+    directory: Path,
 ) -> None:
     """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
+    model.load_report = report
+    if report.missing or report.unexpected or report.mismatched:
+        logger.warning("%s: %s", directory, report)
     for name, module in model.named_modules():
         _initialise_missing(model, name, dtype, placement)
         if any(b.is_meta for b in module.buffers(recurse=False)):

@@ -17,7 +17,8 @@ the experts a token goes to), vocabulary V, L layers, and e bytes an element:
                   norms keep their input and output, attention q, k, v and its output with a
                   log-sum in fp32, an MLP its gate, up and product. Backends that form scores keep
                   B H S^2 more. After the layers 2 h e. With gradient checkpointing, the two parts
-                  of each layer's input, 2 h e, and everything of one layer that is recomputed.
+                  of each layer's input, (2 L - 1) h e, and everything of the one layer that is
+                  being recomputed.
                   Inference holds one layer's largest step: (2 h + max(h + 2 H D + 2 K D, c f)) e
 
 Not in it: the CUDA context and its libraries (0.5 to 1 GB), fragmentation, temporary fp32 copies in
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swathe.modeling.auto import HEADS, model_class
+from swathe.modeling.auto import model_class
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
 from swathe.modeling.errors import ConfigError
@@ -142,14 +143,10 @@ def _built(given: object) -> PreTrainedModel:
             f"memory_estimate: the first argument is a {type(given).__name__}; it must be a "
             "configuration or a model"
         )
-    for head in reversed(HEADS):
-        try:
-            found = model_class(given.model_type, head)
-        except ConfigError:
-            if head == HEADS[0]:
-                raise
-            continue
-        break
+    try:
+        found = model_class(given.model_type, "causal_lm")
+    except ConfigError:
+        found = model_class(given.model_type, "base")
     with torch.device("meta"):
         return found(given)
 
@@ -172,10 +169,10 @@ def _cache(model: PreTrainedModel, tokens: int, e: int) -> int:
 def _logits(
     model: PreTrainedModel, batch: int, length: int, e: int, training: bool, keep: int
 ) -> int:
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if head is None:
         return 0
-    vocabulary = head.weight.shape[0]  # type: ignore[union-attr,operator,index]
+    vocabulary: int = head.weight.shape[0]
     if not training:
         return batch * min(keep or length, length) * vocabulary * e
     fused = model.config.loss_implementation is not None
@@ -195,7 +192,7 @@ def _activations(model: PreTrainedModel, e: int) -> tuple[int, int, int]:
     layer = (4 * h + 2 * H * D + 2 * K * D + c * f) * e + 4 * H + 8
     after = 2 * h * e
     held = (2 * h + max(h + 2 * H * D + 2 * K * D, c * f)) * e
-    return layers * layer + after, layers * 2 * h * e + layer + after, held
+    return layers * layer + after, (2 * layers - 1) * h * e + layer + after, held
 
 
 def _is_gated(module: nn.Module) -> bool:

@@ -243,7 +243,7 @@ class PreTrainedModel(
             f"{' and '.join(dtypes)}, on {', '.join(devices)}"
         ]
         if used:
-            lines.append("kernels: " + ", ".join(f"{k}={'/'.join(v)}" for k, v in used.items()))
+            lines.append("kernels: " + ", ".join(f"{k}={'/'.join(used[k])}" for k in sorted(used)))
         return "\n".join(lines)
 
     @classmethod

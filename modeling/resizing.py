@@ -14,7 +14,7 @@ Source    Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,9 +83,8 @@ class ResizingMixin:
         for module in (embeddings, model.get_output_embeddings()):
             if module is not None:
                 _resize(model, module, new, mean_resizing, changed)
-        for part in model.modules():
-            if hasattr(part, "_kernel_policy"):
-                part.config.get_text_config().vocab_size = new  # type: ignore[union-attr]
+        for config in _configs(model):
+            config.vocab_size = new
         self.resize_report = _report(model, old, new, changed)
         return embeddings
 
@@ -112,9 +111,8 @@ class ResizingMixin:
                 row = torch.arange(new) if name == "position_ids" else torch.zeros(new)
                 row = row.to(buffer).expand(*buffer.shape[:-1], new)
                 setattr(owner, name, row)
-        for part in model.modules():
-            if hasattr(part, "_kernel_policy"):
-                part.config.max_position_embeddings = new  # type: ignore[union-attr]
+        for config in _configs(model):
+            config.max_position_embeddings = new
         self.resize_report = _report(model, old, new, changed)
 
 
@@ -122,6 +120,14 @@ def _count(name: str, value: object) -> int:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
     return value
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    """Those of the model and of the models inside it, which may be one or several."""
+    for part in model.modules():
+        if isinstance(part, ResizingMixin):
+            config: Any = part.config  # type: ignore[attr-defined]
+            yield config.get_text_config()
 
 
 def _keep_special_tokens(model: PreTrainedModel, new: int) -> None:

@@ -324,7 +324,7 @@ def test_without_hooks_it_would_not_run(lazy: None) -> None:
     model = dispatch_model(build(kernels="eager"), SPREAD)
     for module in model.modules():
         module._forward_pre_hooks.clear()
-    with pytest.raises(ValueError, match="weight is .* on cpu; x .* needs a weight .* on lazy:0"):
+    with pytest.raises(ValueError, match=r"weight is .* on cpu; x .* needs a .* on lazy:0"):
         model(tokens().to(GPUS[0]))
 
 
