@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config import PreTrainedConfig, read_config
 from swathe.modeling.errors import ConfigError
+from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
 from swathe.modeling.model import PreTrainedModel
 
 FAMILIES = Path(__file__).parent / "families"
@@ -109,6 +110,7 @@ class AutoConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path, *, subfolder: str = "", **overrides: Any) -> Any:
         """The configuration in `path`; see PreTrainedConfig.from_pretrained."""
+        path = local_directory(path, subfolder, CONFIG_ONLY, **hub_options(overrides))
         file, values = read_config(path, subfolder)
         try:
             chosen = model_class(values.get("model_type"), "config")
@@ -135,9 +137,10 @@ class _AutoModel:
 
         Options as for PreTrainedModel.from_pretrained.
         """
-        config = options.get("config")
+        config, subfolder = options.get("config"), options.get("subfolder", "")
+        path = local_directory(path, subfolder, **hub_options(options))
         if config is None:
-            config = AutoConfig.from_pretrained(path, subfolder=options.get("subfolder", ""))
+            config = AutoConfig.from_pretrained(path, subfolder=subfolder)
         chosen = model_class(config.model_type, cls.head, config.architectures)
         return chosen.from_pretrained(path, **options)
 

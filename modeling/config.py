@@ -23,6 +23,7 @@ import torch
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config_fields import Range, check_range, check_type, dtype_named
 from swathe.modeling.errors import ConfigError
+from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
 from swathe.modeling.strict_json import dumps, read_object, write_text
 
 logger = logging.getLogger(__name__)
@@ -306,9 +307,11 @@ class PreTrainedConfig(metaclass=_ConfigType):
     ) -> Any:
         """Read config.json from a directory, or a JSON file; overrides replace its values.
 
+        A path that does not exist may name a repository, see modeling/hub.py.
         Raises FileNotFoundError listing what the directory holds, ConfigError naming the file.
         With `return_unused_kwargs`, returns (config, overrides that no field takes).
         """
+        path = local_directory(path, subfolder, CONFIG_ONLY, **hub_options(overrides))
         file, values = read_config(path, subfolder)
         unused = {}
         if return_unused_kwargs:

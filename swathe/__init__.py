@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from swathe.modeling.cache import DynamicCache, StaticCache
     from swathe.modeling.checkpoint.errors import CheckpointError
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
+    from swathe.modeling.dispatch import dispatch_model
     from swathe.modeling.errors import ConfigError, UninitializedParameter
     from swathe.modeling.families.bert.configuration_bert import BertConfig
     from swathe.modeling.families.bert.modeling_bert import (
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     )
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
     from swathe.modeling.rope import register_rope
@@ -110,11 +112,13 @@ _HOME = {
     "backends": "swathe.kernels.catalog",
     "cross_entropy": "swathe.kernels.cross_entropy.api",
     "debug": "swathe.kernels.core.debug",
+    "dispatch_model": "swathe.modeling.dispatch",
     "explain": "swathe.kernels.catalog",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
     "geglu": "swathe.kernels.gated_mlp_act.api",
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
+    "memory_estimate": "swathe.modeling.memory",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
@@ -170,11 +174,13 @@ __all__ = [
     "backends",
     "cross_entropy",
     "debug",
+    "dispatch_model",
     "explain",
     "gated_mlp_act",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "memory_estimate",
     "qk_norm_rotary",
     "register_attention",
     "register_backend",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swathe.modeling.checkpoint.assembly import Assembly
+from swathe.modeling.checkpoint.assembly import Assembly, Where
 from swathe.modeling.checkpoint.errors import CheckpointError, CheckpointNotFound
 from swathe.modeling.checkpoint.files import Identity, open_regular
 from swathe.modeling.checkpoint.header import TensorInfo
@@ -112,7 +112,7 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     tied: Mapping[str, str],
     prefix: str,
     ignore_missing: Sequence[str] = (),
@@ -130,8 +130,9 @@ def load_into(
     the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
     `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
-    stored ones. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS,
-    E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
+    stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
+    way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
+    E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(
@@ -160,7 +161,8 @@ def load_into(
     assembly.settle(result, dtype)
     total = sum(info.nbytes for info in result.plan.values())
     with Progress("loading", total, enabled=progress) as bar:
-        _read_all(checkpoint, result, assembly, dtype, device, check_finite, bar)
+        where = device if callable(device) else lambda name: device
+        _read_all(checkpoint, result, assembly, dtype, where, check_finite, bar)
     for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
@@ -191,7 +193,7 @@ def _read_all(
     result: Match,
     assembly: Assembly,
     dtype: torch.dtype | None,
-    device: torch.device | str,
+    device: Where,
     check_finite: bool,
     bar: Progress,
 ) -> None:
