@@ -146,13 +146,13 @@ class DecoderConfig(PreTrainedConfig):
 
     @classmethod
     def _changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-        """As every configuration; rope parameters without a theta keep that of the weights."""
+        """As every configuration; new rope parameters keep what the weights were trained with."""
         old = values.get("rope_parameters")
-        if isinstance(old, Mapping) and "rope_theta" in old:
-            for name in ("rope_parameters", "rope_scaling"):
-                if name in changes and isinstance(changes[name], Mapping | None):
-                    kept = {"rope_theta": old["rope_theta"], **(changes[name] or {})}
-                    changes = {**changes, name: kept}
+        trained = ("rope_theta", "partial_rotary_factor")
+        kept = {k: old[k] for k in trained if k in old} if isinstance(old, Mapping) else {}
+        for name in ("rope_parameters", "rope_scaling"):
+            if name in changes and isinstance(changes[name], Mapping | None):
+                changes = {**changes, name: {**kept, **(changes[name] or {})}}
         return super()._changed(values, changes)
 
     @classmethod

@@ -171,12 +171,22 @@ def test_old_spellings_are_the_same_configuration(name: str, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps({**values, "model_type": "llama"}))
     read = LlamaConfig.from_pretrained(tmp_path)
     assert read == new and "type" not in read.rope_parameters and "rope_scaling" not in read.extra
-    kept = read.replace(rope_scaling={"rope_type": "linear", "factor": 2.0})
-    assert kept.rope_parameters == {
-        "rope_type": "linear",
-        "factor": 2.0,
-        "rope_theta": new.rope_theta,
-    }
+
+
+def test_new_parameters_keep_what_the_weights_were_trained_with(tmp_path: Path) -> None:
+    trained = {"rope_theta": 3e5, "partial_rotary_factor": 0.5}
+    config = PartialConfig(**SIZES, **trained)
+    config.save_pretrained(tmp_path)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    expected = {**linear, **trained}
+    for name in ("rope_scaling", "rope_parameters"):
+        changed = {name: dict(linear)}
+        assert config.replace(**changed).rope_parameters == expected
+        assert PartialConfig.from_pretrained(tmp_path, **changed).rope_parameters == expected
+        assert changed == {name: linear}
+    assert config.replace(rope_scaling=None) == config
+    both = config.replace(rope_scaling=linear, rope_theta=7.0, partial_rotary_factor=1.0)
+    assert both.rope_parameters == {**linear, "rope_theta": 7.0, "partial_rotary_factor": 1.0}
 
 
 def test_nothing_is_shared_with_the_caller() -> None:
