@@ -8,7 +8,7 @@ residual stream, captured states, the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -26,12 +26,26 @@ from swathe.modeling.forward import (
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
+from swathe.modeling.layers.attention import SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer, run_layer
 from swathe.modeling.layers.embedding import RotaryEmbedding, Rotation
+from swathe.modeling.layers.head_norm import HeadNorm
+from swathe.modeling.layers.moe import Experts, Router
 from swathe.modeling.losses import causal_lm_loss, linear_causal_lm_loss
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from swathe.modeling.packing import Packing
+
+
+@dataclass
+class Encoded:
+    """What a body finds: normed states, its cache, and what was captured on the way."""
+
+    attentions: list[Tensor] | None
+    hidden: Tensor | None = None
+    cache: DynamicCache | StaticCache | None = None
+    states: tuple[Tensor, ...] | None = None
+    router_logits: list[Tensor] = field(default_factory=list)
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -42,6 +56,17 @@ class DecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix: ClassVar[str] = "model"
     embed_path: ClassVar[str] = "model.embed_tokens"
     _no_split_modules: ClassVar[tuple[str, ...]] = ("DecoderLayer",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HeadNorm):
+            module.reset_parameters()
+        elif isinstance(module, Experts | Router):
+            module.reset_parameters(std)
+        elif isinstance(module, SelfAttention) and module.sinks is not None:
+            module.sinks.normal_(0.0, std)
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -73,6 +98,50 @@ class DecoderModel(DecoderPreTrainedModel):
         """The rotation of each layer type, made once a forward."""
         return dict.fromkeys(self.config.layer_type_names, self.rotary_emb(positions, dtype))
 
+    def encode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | Mask | None,
+        position_ids: Tensor | None,
+        past_key_values: DynamicCache | StaticCache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        packing: Packing,
+    ) -> Encoded:
+        """All that a forward finds; arguments as `forward`."""
+        with_states = wants(self, "output_hidden_states", output_hidden_states)
+        found = Encoded([] if wants(self, "output_attentions", output_attentions) else None)
+        hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
+        cache = found.cache = check_cache(self, past_key_values, use_cache)
+        mask, positions = mask_and_positions(
+            attention_mask, position_ids, hidden, cache, past_key_values is None, packing
+        )
+        rotations = self.rotations(positions, hidden.dtype)
+        masks: dict[int | None, Mask] = {None: mask}
+        residual: Tensor | None = None
+        states: list[Tensor] = []
+        for layer in self.layers:
+            if with_states:
+                hidden, residual = (hidden if residual is None else hidden + residual), None
+                states.append(hidden)
+            window, rotation = layer.window, rotations[layer.layer_type]
+            if window not in masks:
+                masks[window] = narrowed(mask, window)
+            stream = (hidden, residual, rotation, masks[window], cache)
+            hidden, residual, weights, routed = run_layer(
+                layer, *stream, found.attentions is not None
+            )
+            if found.attentions is not None and weights is not None:
+                found.attentions.append(weights)
+            if routed is not None:
+                found.router_logits.append(routed)
+        assert residual is not None
+        found.hidden, _ = self.norm(hidden, residual)
+        found.states = (*states, found.hidden) if with_states else None
+        return found
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -94,43 +163,22 @@ class DecoderModel(DecoderPreTrainedModel):
         `use_cache` defaults to the configuration's in eval mode and to False in training;
         attention weights exist on backend "eager" only, elsewhere asking for them raises.
         """
-        with_weights = wants(self, "output_attentions", output_attentions)
-        with_states = wants(self, "output_hidden_states", output_hidden_states)
-        hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
-        cache = check_cache(self, past_key_values, use_cache)
-        mask, positions = mask_and_positions(
-            attention_mask, position_ids, hidden, cache, past_key_values is None, packing
+        found = self.encode(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            packing,
         )
-        rotations = self.rotations(positions, hidden.dtype)
-        masks: dict[int | None, Mask] = {None: mask}
-
-        residual: Tensor | None = None
-        states: list[Tensor] = []
-        attentions: list[Tensor] = []
-        for layer in self.layers:
-            if with_states:
-                hidden, residual = (hidden if residual is None else hidden + residual), None
-                states.append(hidden)
-            if layer.window not in masks:
-                masks[layer.window] = narrowed(mask, layer.window)
-            hidden, residual, weights = run_layer(
-                layer,
-                hidden,
-                residual,
-                rotations[layer.layer_type],
-                masks[layer.window],
-                cache,
-                with_weights,
-            )
-            if weights is not None:
-                attentions.append(weights)
-        assert residual is not None
-        hidden, _ = self.norm(hidden, residual)
         output = BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=(*states, hidden) if with_states else None,
-            attentions=tuple(attentions) if with_weights else None,
+            last_hidden_state=found.hidden,
+            past_key_values=found.cache,
+            hidden_states=found.states,
+            attentions=None if found.attentions is None else tuple(found.attentions),
         )
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
 
@@ -185,23 +233,9 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
             True,
             **packing,
         )
-        hidden, asked = body.last_hidden_state, labels is not None or shift_labels is not None
-        given: dict[str, Any] = {
-            "num_items_in_batch": num_items_in_batch,
-            "shift_labels": shift_labels,
-        }
-        fused = self.config.loss_implementation if asked and self.training else None
-        softcap = self.config.logit_softcap
-        logits, loss = None, None
-        if fused is not None:
-            loss = linear_causal_lm_loss(
-                self.lm_head, hidden, labels, **given, softcap=softcap, implementation=fused
-            )
-        else:
-            logits = self.lm_head(keep_logits(hidden, logits_to_keep))
-            if softcap is not None:
-                logits = (logits / softcap).tanh() * softcap
-            loss = causal_lm_loss(logits, labels, **given) if asked else None
+        logits, loss = self.predict(
+            body.last_hidden_state, labels, logits_to_keep, num_items_in_batch, shift_labels
+        )
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -210,6 +244,31 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
             attentions=body.attentions,
         )
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
+
+    def predict(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: Tensor | int | None,
+        shift_labels: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and loss of hidden states; one of them is None, as `forward` says."""
+        asked = labels is not None or shift_labels is not None
+        given: dict[str, Any] = {
+            "num_items_in_batch": num_items_in_batch,
+            "shift_labels": shift_labels,
+        }
+        fused = self.config.loss_implementation if asked and self.training else None
+        softcap = self.config.logit_softcap
+        if fused is not None:
+            return None, linear_causal_lm_loss(
+                self.lm_head, hidden, labels, **given, softcap=softcap, implementation=fused
+            )
+        logits = self.lm_head(keep_logits(hidden, logits_to_keep))
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
+        return logits, causal_lm_loss(logits, labels, **given) if asked else None
 
 
 def narrowed(mask: Mask, window: int) -> Mask:

@@ -19,7 +19,7 @@ from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.mlp import GatedMLP
 from swathe.modeling.layers.norm import RMSNorm
 
-Stream = tuple[Tensor, Tensor | None]
+LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class DecoderLayer(nn.Module):
@@ -62,15 +62,20 @@ class DecoderLayer(nn.Module):
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream after this layer, and the attention weights where they are asked for."""
+    ) -> LayerOutput:
+        """The stream after this layer, attention weights where asked for, and router logits."""
         if residual is None:
             normed, stream = self.input_layernorm(hidden_states), hidden_states
         else:
             normed, stream = self.input_layernorm(hidden_states, residual)
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
         normed, stream = self.post_attention_layernorm(attended, stream)
-        return self.mlp(normed), stream, weights
+        out, routed = self.feed_forward(normed)
+        return out, stream, weights, routed
+
+    def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's output, and where it is a mixture of experts its router's logits."""
+        return self.mlp(normed), None
 
 
 class SandwichLayer(DecoderLayer):
@@ -94,8 +99,8 @@ class SandwichLayer(DecoderLayer):
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream after this layer, and the attention weights where they are asked for."""
+    ) -> LayerOutput:
+        """The stream after this layer, attention weights where asked for, and router logits."""
         if residual is None:
             normed, stream = self.input_layernorm(hidden_states), hidden_states
         else:
@@ -103,10 +108,11 @@ class SandwichLayer(DecoderLayer):
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
         attended = self.post_attention_layernorm(attended)
         normed, stream = self.pre_feedforward_layernorm(attended, stream)
-        return self.post_feedforward_layernorm(self.mlp(normed)), stream, weights
+        out, routed = self.feed_forward(normed)
+        return self.post_feedforward_layernorm(out), stream, weights, routed
 
 
-def run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def run_layer(layer: Any, *arguments: Any) -> LayerOutput:
     """The layer's forward, recomputed in backward where gradient checkpointing is on."""
     if layer.checkpointing is None or not layer.training:
         return layer(*arguments)

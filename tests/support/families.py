@@ -48,11 +48,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.75},
         },
     ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {**WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    ),
 }
 
-# backends of attention that serve a family: torch's own has no softcap
+# backends of attention that serve a family: torch's own has neither softcap nor sinks
 ATTENTION = {name: ["eager", "sdpa", "triton"] for name in FAMILIES}
-ATTENTION["gemma2"] = ["eager", "triton"]
+ATTENTION |= dict.fromkeys(("gemma2", "gpt_oss"), ["eager", "triton"])
 
 
 def pair(family: str, kernels: Any = None, **changes: Any) -> tuple[Any, Any]:

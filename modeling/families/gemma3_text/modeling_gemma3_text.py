@@ -16,7 +16,7 @@ from swathe.modeling.families.gemma3_text.configuration_gemma3_text import Gemma
 from swathe.modeling.heads import ForSequenceClassification
 from swathe.modeling.layers.attention import NormedAttention, SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer, SandwichLayer
-from swathe.modeling.layers.embedding import RotaryEmbeddings, Rotation
+from swathe.modeling.layers.embedding import RotaryByLayerType, Rotation
 from swathe.modeling.layers.scaled_embedding import ScaledEmbedding
 
 
@@ -57,7 +57,7 @@ class Gemma3TextModel(Gemma3PreTrainedModel, DecoderModel):
     @staticmethod
     def make_rotary(config: DecoderConfig) -> nn.Module:
         """One rotation for either layer type."""
-        return RotaryEmbeddings.of(config)
+        return RotaryByLayerType.of(config)
 
     def rotations(self, positions: Tensor, dtype: torch.dtype) -> Mapping[str, Rotation]:
         """The rotation of each layer type, made once a forward."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from swathe.modeling.config_fields import Range
 from swathe.modeling.decoder_config import DecoderConfig
@@ -45,6 +45,8 @@ class Phi3Config(DecoderConfig):
     eos_token_id: int | list[int] | None = 32000
     pad_token_id: int | None = 32000
     sliding_window: int | None = None
+    # as transformers: short or long factors by the tokens of a forward
+    rope_length: int | Literal["per_forward"] | None = "per_forward"
 
     @classmethod
     def legacy_keys(cls) -> tuple[str, ...]:

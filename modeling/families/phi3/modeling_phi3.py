@@ -15,7 +15,7 @@ from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.phi3.configuration_phi3 import Phi3Config
 from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.attention import SelfAttention
-from swathe.modeling.layers.decoder import DecoderLayer
+from swathe.modeling.layers.decoder import DecoderLayer, LayerOutput
 from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.mlp import PackedMLP
 
@@ -63,15 +63,15 @@ class Phi3DecoderLayer(DecoderLayer):
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream after this layer, and the attention weights where they are asked for."""
+    ) -> LayerOutput:
+        """The stream after this layer, attention weights where asked for, no router logits."""
         if residual is None:
             normed, stream = self.input_layernorm(hidden_states), hidden_states
         else:
             normed, stream = self.input_layernorm(hidden_states, residual)
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
         normed, stream = self.post_attention_layernorm(self._dropped(attended), stream)
-        return self._dropped(self.mlp(normed)), stream, weights
+        return self._dropped(self.mlp(normed)), stream, weights, None
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.resid_pdrop, self.training) if self.resid_pdrop else x
