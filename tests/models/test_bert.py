@@ -206,6 +206,27 @@ def test_autocast(attn: str) -> None:
     assert (logits - exact).norm() <= 1.5 * (expected - exact).norm()
 
 
+@pytest.mark.parametrize("classifier", [None, 0.5])
+@pytest.mark.parametrize("head", HEADS)
+def test_dropout_falls_where_theirs_does(head: str, classifier: float | None) -> None:
+    rates = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    theirs, model = pair(head, **rates, classifier_dropout=classifier)
+    found = []
+    for module in (theirs, model):
+        torch.manual_seed(5)
+        found.append(module.train()(IDS, attention_mask=PADDING["right"])[0])
+    torch.testing.assert_close(found[1], found[0], **CLOSE)
+    assert not torch.allclose(found[1], model.eval()(IDS, attention_mask=PADDING["right"])[0])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "triton"])
+def test_attention_drops_weights_on_every_backend(attn: str) -> None:
+    _, model = pair("BertModel", attn, attention_probs_dropout_prob=0.5)
+    one, other = (model.train()(IDS).last_hidden_state for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.equal(model.eval()(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradient_checkpointing_with_dropout_is_bitwise_equal(every: int) -> None:
     _, model = pair("BertForMaskedLM", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)

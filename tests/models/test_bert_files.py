@@ -83,6 +83,29 @@ def test_a_checkpoint_without_a_pooler(tmp_path: Path) -> None:
     assert body.pooler is None and body(IDS).pooler_output is None
 
 
+def test_missing_parameters_are_initialised_and_their_siblings_kept(tmp_path: Path) -> None:
+    theirs = reference("BertForMaskedLM")
+    lost = {
+        "bert.embeddings.LayerNorm.bias": 0.0,
+        "bert.encoder.layer.1.output.LayerNorm.weight": 1.0,
+        "cls.predictions.bias": 0.0,
+    }
+    theirs.config.save_pretrained(tmp_path)
+    tied = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+    stored = {k: v for k, v in theirs.state_dict().items() if k not in (*lost, *tied)}
+    save_file(stored, tmp_path / "model.safetensors")
+    model, info = ours.BertForMaskedLM.from_pretrained(
+        tmp_path, strict=False, output_loading_info=True
+    )
+    assert info["missing_keys"] == set(lost)
+    for name, value in model.state_dict().items():
+        expected = lost.get("cls.predictions.bias" if name == tied[1] else name)
+        if expected is not None:
+            assert torch.equal(value, torch.full_like(value, expected)), name
+        else:
+            assert torch.equal(value, theirs.state_dict()[name]), name
+
+
 def test_ties_follow_a_new_output_layer() -> None:
     _, model = pair("BertForMaskedLM")
     head, words = model.cls.predictions, model.bert.embeddings.word_embeddings
