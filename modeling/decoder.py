@@ -122,7 +122,8 @@ class DecoderModel(DecoderPreTrainedModel):
         masks: dict[int | None, Mask] = {None: mask}
         residual: Tensor | None = None
         states: list[Tensor] = []
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             if with_states:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
                 states.append(hidden)

@@ -82,7 +82,7 @@ class DecoderConfig(PreTrainedConfig):
     @property
     def activation(self) -> str:
         """The MLP's activation."""
-        return self.hidden_act
+        return getattr(self, "hidden_act", "silu")
 
     @property
     def attention_biases(self) -> tuple[bool, bool]:

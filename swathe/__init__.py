@@ -47,22 +47,7 @@ if TYPE_CHECKING:
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
     from swathe.modeling.dispatch import dispatch_model
     from swathe.modeling.errors import ConfigError, UninitializedParameter
-    from swathe.modeling.families.bert.configuration_bert import BertConfig
-    from swathe.modeling.families.bert.modeling_bert import (
-        BertForMaskedLM,
-        BertForQuestionAnswering,
-        BertForSequenceClassification,
-        BertForTokenClassification,
-        BertModel,
-    )
-    from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-    from swathe.modeling.families.llama.modeling_llama import (
-        LlamaForCausalLM,
-        LlamaForQuestionAnswering,
-        LlamaForSequenceClassification,
-        LlamaForTokenClassification,
-        LlamaModel,
-    )
+    from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
     from swathe.modeling.memory import memory_estimate
@@ -81,12 +66,6 @@ _HOME = {
     "AutoModelForTokenClassification": "swathe.modeling.auto",
     "Backend": "swathe.kernels.core.registry",
     "BackendUnavailable": "swathe.kernels.core.errors",
-    "BertConfig": "swathe.modeling.families.bert.configuration_bert",
-    "BertForMaskedLM": "swathe.modeling.families.bert.modeling_bert",
-    "BertForQuestionAnswering": "swathe.modeling.families.bert.modeling_bert",
-    "BertForSequenceClassification": "swathe.modeling.families.bert.modeling_bert",
-    "BertForTokenClassification": "swathe.modeling.families.bert.modeling_bert",
-    "BertModel": "swathe.modeling.families.bert.modeling_bert",
     "Capabilities": "swathe.kernels.core.spec",
     "CheckpointError": "swathe.modeling.checkpoint.errors",
     "ConfigError": "swathe.modeling.errors",
@@ -94,12 +73,6 @@ _HOME = {
     "GenerationConfig": "swathe.modeling.generation.config",
     "KernelPolicy": "swathe.modeling.policy",
     "KernelReport": "swathe.modeling.policy",
-    "LlamaConfig": "swathe.modeling.families.llama.configuration_llama",
-    "LlamaForCausalLM": "swathe.modeling.families.llama.modeling_llama",
-    "LlamaForQuestionAnswering": "swathe.modeling.families.llama.modeling_llama",
-    "LlamaForSequenceClassification": "swathe.modeling.families.llama.modeling_llama",
-    "LlamaForTokenClassification": "swathe.modeling.families.llama.modeling_llama",
-    "LlamaModel": "swathe.modeling.families.llama.modeling_llama",
     "Mask": "swathe.kernels.attention.mask",
     "PreTrainedConfig": "swathe.modeling.config",
     "PreTrainedModel": "swathe.modeling.model",
@@ -142,12 +115,6 @@ __all__ = [
     "AutoModelForTokenClassification",
     "Backend",
     "BackendUnavailable",
-    "BertConfig",
-    "BertForMaskedLM",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertModel",
     "Capabilities",
     "CheckpointError",
     "ConfigError",
@@ -155,12 +122,6 @@ __all__ = [
     "GenerationConfig",
     "KernelPolicy",
     "KernelReport",
-    "LlamaConfig",
-    "LlamaForCausalLM",
-    "LlamaForQuestionAnswering",
-    "LlamaForSequenceClassification",
-    "LlamaForTokenClassification",
-    "LlamaModel",
     "Mask",
     "PreTrainedConfig",
     "PreTrainedModel",
@@ -196,9 +157,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'swathe' has no attribute {name!r}; it has {__all__}")
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME.get(name)
+    if home is None and name[:1].isupper():
+        families = import_module("swathe.modeling.families")
+        home = families.__name__ if name in families.__all__ else None
+    if home is None:
+        raise AttributeError(
+            f"module 'swathe' has no attribute {name!r}; it has {__all__} and the classes of "
+            "model families, which swathe.modeling.families lists"
+        )
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

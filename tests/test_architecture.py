@@ -84,7 +84,7 @@ def test_rooms_keep_to_themselves(path: Path) -> None:
             if m.startswith("swathe.kernels.") and any(p.startswith("_") for p in m.split("."))
         }
         assert not private, f"{relative(path)} opens a backend file: {sorted(private)}"
-    if parts[:2] == ("modeling", "families"):
+    if parts[:2] == ("modeling", "families") and len(parts) > 3:
         siblings = {
             m
             for m in modules
