@@ -340,6 +340,16 @@ def test_parts() -> None:
     assert combine(y, scores, groups).flatten().tolist() == [0, 3 + 4000, 5 * 2000 + 6 * 200]
 
 
+def test_sums_over_slots_are_wider_than_bf16() -> None:
+    """256 + 1 - 256 is 0 in bf16."""
+    groups = Groups.of(torch.tensor([[0, 1, 2]]), 3)
+    rows = torch.tensor([[256.0], [1.0], [-256.0]], dtype=torch.bfloat16)
+    assert combine(rows, torch.ones(1, 3, dtype=torch.bfloat16), groups).item() == 1
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    dispatch(x, groups).backward(rows)
+    assert x.grad is not None and x.grad.item() == 1
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_mlp_implementation_chooses_the_backend(kind: str) -> None:
     results = []
