@@ -237,8 +237,9 @@ class StaticCache:
             pair = k.new_zeros(*room, D), v.new_zeros(*room, v.shape[3])
             self._buffers[layer_idx] = pair
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        slots = self._slots.to(k.device)  # of a model on several devices, layers are elsewhere
         for buffer, new in zip(pair, (k, v), strict=True):
-            buffer.transpose(1, 2)[rows, self._slots] = new.transpose(1, 2)
+            buffer.transpose(1, 2)[rows, slots] = new.transpose(1, 2)
         keys, values = (buffer[:, :, : self.max_cache_len] for buffer in pair)
         return keys, values
 

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
+from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.checkpoint.transforms import WeightTransform
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
+from swathe.modeling.devices import Placement, place
+from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -37,8 +41,15 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
-    "local_files_only": (None, True, False),
     "trust_remote_code": (None, False),
+}
+# parts of transformers that are not here: what loads such a checkpoint instead
+ELSEWHERE = {
+    "quantization_config": "quantised weights",
+    "gguf_file": "GGUF files",
+    "adapter_kwargs": "adapters",
+    "load_in_4bit": "quantised weights",
+    "load_in_8bit": "quantised weights",
 }
 
 
@@ -49,13 +60,14 @@ class LoadingMixin:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Any],
         path: str | Path,
         *,
         config: PreTrainedConfig | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | Mapping[str, Any] | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        max_memory: Mapping[Any, int | str] | None = None,
         attn_implementation: str | None = None,
         norm_implementation: str | None = None,
         rope_implementation: str | None = None,
@@ -73,40 +85,38 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
-        device_map: one device for all. strict: "head" lets parameters of a new head be missing,
-        True nothing, False anything. Other keyword arguments replace configuration values.
+        path: else a hub repository (modeling/hub.py), read with the options `revision`, `token`,
+        `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
+        first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
+        "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
+        nothing, False anything. Other keyword arguments replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
-        an unknown argument. With `output_loading_info`, returns (model, HF's dict of key sets).
+        an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
-        model_class: type[PreTrainedModel] = cls  # type: ignore[assignment]
-        _refuse_meta_context()
-        overrides = _config_overrides(model_class, options)
-        device, directory = _single_device(device_map), Path(path) / subfolder
+        overrides = _config_overrides(cls, options)
+        directory = local_directory(path, subfolder, **hub_options(options)) / subfolder
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
-        stored = config or model_class.config_class.from_pretrained(directory)
+        stored = _unquantised(config or cls.config_class.from_pretrained(directory))
         own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
-        with torch.device("meta"):
-            model = model_class(own)
-        report = load_into(
+        model = _on_meta(cls, own)
+        placement = place(model, device_map, max_memory, chosen)
+        report = _read(
             model,
             checkpoint,
+            placement,
             dtype=chosen,
-            device=device,
-            tied=model.tied_parameters(),
-            prefix=model.base_model_prefix,
             ignore_missing=_patterns("missing", ignore_missing, cls, config),
             ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
-            strict=strict,  # type: ignore[arg-type]
+            strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
             transforms=model._weight_transforms,
         )
-        _finish(model, chosen, device, directory)
-        _warn(path, report)
+        _finish(model, report, chosen, placement, directory)
+        model = model if device_map is None else attach(model, placement)
         return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
     def save_pretrained(
@@ -115,12 +125,21 @@ class LoadingMixin:
         *,
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
     ) -> None:
         """Write config.json and safetensors as HF does, whole or not at all.
 
-        Tied parameters are stored once, and config.json says what is really tied. Raises
-        NotADirectoryError, OSError, or ValueError for tensors that cannot be stored.
+        Tied parameters are stored once, and config.json says what is really tied. Of several
+        processes with the same model, only the main one writes. With `push_to_hub`, the model is
+        uploaded too, to `repo_id` or a repository named as the directory, with HubMixin's options.
+        Raises NotADirectoryError, OSError, or ValueError for tensors that cannot be stored.
         """
+        _check_publishing(push_to_hub, repo_id, hub)
+        if not is_main_process:
+            return
         model: PreTrainedModel = self  # type: ignore[assignment]
         tensors = dict(model.state_dict() if state_dict is None else state_dict)
         shared = {
@@ -145,14 +164,49 @@ class LoadingMixin:
             extra_files=extra,
             transforms=model._weight_transforms,
         )
+        if push_to_hub:
+            name = repo_id or Path(directory).resolve().name
+            model.push_to_hub(name, max_shard_size=max_shard_size, **hub)
 
 
-def _refuse_meta_context() -> None:
+def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
+    """Before anything is written: options of an upload are known, and there is an upload."""
+    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
+    allowed -= {"self", "repo_id", "max_shard_size"}
+    for name in hub:
+        if name not in allowed:
+            raise TypeError(
+                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed)}; with "
+                f"push_to_hub=True it takes {sorted(allowed)}"
+            )
+    if not push_to_hub and (hub or repo_id):
+        raise ValueError(
+            f"save_pretrained: {sorted(hub) or ['repo_id']} say how to publish, but push_to_hub is "
+            "False; pass push_to_hub=True or leave them out"
+        )
+
+
+def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     if torch.get_default_device().type == "meta":
         raise RuntimeError(
             "You are using `from_pretrained` with a meta device context manager, which would "
             "discard the weights; leave the context, or use from_config in it"
         )
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _read(
+    model: PreTrainedModel, checkpoint: Checkpoint, placement: Placement, **options: Any
+) -> LoadReport:
+    return load_into(
+        model,
+        checkpoint,
+        device=placement.device_of,
+        tied=model.tied_parameters(),
+        prefix=model.base_model_prefix,
+        **options,
+    )
 
 
 def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
@@ -162,23 +216,45 @@ def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, .
 
 
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
-    """The part of `**options` for the configuration; TypeError for a name that nothing takes."""
-    own = set(inspect.signature(LoadingMixin.from_pretrained).parameters) - {"path", "options"}
+    """The part of `**options` for the configuration; an error for a name that nothing takes."""
+    own = {*inspect.signature(LoadingMixin.from_pretrained).parameters, *HUB_OPTIONS}
+    own -= {"path", "options"}
     fields = set(cls.config_class.accepted_keys()) - set(RUNTIME)
     for name, value in options.items():
+        if name in ELSEWHERE and value:
+            raise NotImplementedError(
+                f"{cls.__name__}.from_pretrained: {name}={value!r} asks for {ELSEWHERE[name]}, "
+                "which are not read here; load the model with transformers"
+            )
         if name in WITHOUT_EFFECT:
             if not any(value is allowed for allowed in WITHOUT_EFFECT[name]):
                 raise ValueError(
                     f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported; allowed: "
                     f"{WITHOUT_EFFECT[name]}. Leave the argument out"
                 )
-        elif name not in fields:
+        elif name not in {*fields, *HUB_OPTIONS, *ELSEWHERE}:
             near = did_you_mean(name, own | fields)
             raise TypeError(
                 f"{cls.__name__}.from_pretrained has no argument {name!r}{near}; allowed: "
                 f"{sorted(own)} and fields of {cls.config_class.__name__}"
             )
-    return {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
+    if options.get("offload_state_dict"):
+        logger.info(
+            "offload_state_dict=True changes nothing: weights are always read one by one, straight "
+            'to their devices. To keep layers on the CPU use device_map="auto" with max_memory'
+        )
+    passed_over = {*HUB_OPTIONS, *WITHOUT_EFFECT, *ELSEWHERE}
+    return {name: value for name, value in options.items() if name not in passed_over}
+
+
+def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    if config.extra.get("quantization_config"):
+        raise NotImplementedError(
+            f"config.json has a quantization_config ({config.extra['quantization_config']}); "
+            "quantised weights are not read here: load the model with transformers, or use a "
+            "checkpoint in bfloat16"
+        )
+    return config
 
 
 def _implementations(
@@ -188,32 +264,6 @@ def _implementations(
     KernelPolicy.of(kernels, **dict(zip(IMPLEMENTATIONS, named, strict=True)))
     fields = dict(zip(IMPLEMENTATIONS.values(), named, strict=True))
     return {**fields, "loss_implementation": loss}
-
-
-def _warn(path: str | Path, report: Any) -> None:
-    if report.missing or report.unexpected or report.mismatched:
-        logger.warning("%s: %s", path, report)
-
-
-def _single_device(device_map: object) -> torch.device:
-    if isinstance(device_map, Mapping):
-        if set(device_map) != {""}:
-            raise ValueError(
-                f"device_map={dict(device_map)!r}: splitting a model over devices is not "
-                'supported; pass one device, such as "cuda:0" or {"": "cuda:0"}'
-            )
-        device_map = device_map[""]
-    if device_map is None:
-        return torch.get_default_device()
-    if isinstance(device_map, bool) or not isinstance(device_map, str | int | torch.device):
-        raise TypeError(f"device_map={device_map!r}; it must name one device, such as 'cuda:0'")
-    try:
-        return torch.device(device_map)
-    except RuntimeError:
-        raise ValueError(
-            f"device_map={device_map!r} names no device; allowed: one device such as 'cpu', "
-            "'cuda:0' or 0"
-        ) from None
 
 
 def _dtype(
@@ -236,13 +286,20 @@ def _dtype(
 
 
 def _finish(
-    model: PreTrainedModel, dtype: torch.dtype, device: torch.device, directory: Path
+    model: PreTrainedModel,
+    report: LoadReport,
+    dtype: torch.dtype,
+    placement: Placement,
+    directory: Path,
 ) -> None:
-    """Missing parameters, buffers and ties on the device; kernels; how the model generates."""
-    for module in model.modules():
-        _initialise_missing(model, module, dtype, device)
+    """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
+    model.load_report = report
+    if report.missing or report.unexpected or report.mismatched:
+        logger.warning("%s: %s", directory, report)
+    for name, module in model.named_modules():
+        _initialise_missing(model, name, dtype, placement)
         if any(b.is_meta for b in module.buffers(recurse=False)):
-            module.reset_buffers(device)  # type: ignore[operator]
+            module.reset_buffers(placement.device_of(name))  # type: ignore[operator]
     model.tie_weights()
     model.config.dtype = dtype
     model._adopt(model._kernel_policy)
@@ -252,15 +309,18 @@ def _finish(
 
 @torch.no_grad()
 def _initialise_missing(
-    model: PreTrainedModel, module: nn.Module, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel, path: str, dtype: torch.dtype, placement: Placement
 ) -> None:
+    module = model.get_submodule(path)
     own = dict(module.named_parameters(recurse=False))
-    missing = [name for name, parameter in own.items() if parameter.is_meta]
+    where = {name: placement.device_of(f"{path}.{name}" if path else name) for name in own}
+    # a device_map may leave parts on meta, without values
+    missing = [name for name, p in own.items() if p.is_meta and where[name].type != "meta"]
     if not missing:
         return
     loaded = {name: p.clone() for name, p in own.items() if not p.is_meta}
     for name in missing:
-        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=device)
+        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=where[name])
         setattr(module, name, nn.Parameter(filler, requires_grad=own[name].requires_grad))
     model._init_weights(module)
     for name, value in loaded.items():

@@ -7,21 +7,33 @@ call at the end (`post_init`) happens by itself.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
+from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
+from swathe.modeling.dispatch import DispatchMixin
+from swathe.modeling.figures import count_in_words
+from swathe.modeling.gradients import GradientMixin
+from swathe.modeling.hub import HubMixin
 from swathe.modeling.layers.norm import RMSNorm
 from swathe.modeling.loading import LoadingMixin
+from swathe.modeling.masks import opaque
 from swathe.modeling.packing import Packing
-from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy, KernelReport
+from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy, KernelReport, kernel_modules
+from swathe.modeling.resizing import ResizingMixin
 
-CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check")
+logger = logging.getLogger(__name__)
+_inside_a_repr: ContextVar[bool] = ContextVar("_inside_a_repr", default=False)
+# ids of a forward that shows whether a model runs, padding among them
+_DUMMY_IDS = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
 
 
 class _ModelType(type(nn.Module)):  # type: ignore[misc]
@@ -33,12 +45,14 @@ class _ModelType(type(nn.Module)):  # type: ignore[misc]
         return model
 
 
-class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
+class PreTrainedModel(
+    LoadingMixin, HubMixin, ResizingMixin, DispatchMixin, GradientMixin, metaclass=_ModelType
+):
     """Base of all models.
 
     A family sets `config_class`, `base_model_prefix` (the body's attribute in a model with a head),
-    `embed_path` and `head_path` (modules by name), `_tied_weights_keys` (head parameter: source)
-    and `_no_split_modules`.
+    `embed_path`, `head_path` and `position_embed_path` (modules by name), `_tied_weights_keys`
+    (head parameter: source) and `_no_split_modules`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -46,13 +60,14 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
     main_input_name: ClassVar[str] = "input_ids"
     embed_path: ClassVar[str] = ""
     head_path: ClassVar[str] = ""
-    supports_gradient_checkpointing: ClassVar[bool] = True
     _no_split_modules: ClassVar[tuple[str, ...]] = ()
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
     _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[frozenset[str]] = frozenset()
     generation_config: Any = None
+    load_report: LoadReport | None = None
+    _warned_of_padding: bool = False
     _kernel_policy: KernelPolicy
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -175,6 +190,62 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
         counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
         return sum(p.numel() for p in counted if p not in left_out)
 
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of all parameters, shared ones counted once, and of the buffers.
+
+        `swathe.memory_estimate(model, ...)` adds what running the model takes.
+        """
+        tensors: list[Tensor] = list(self.parameters())
+        if return_buffers:
+            tensors += self.buffers()
+        return sum(t.nbytes for t in tensors)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Arguments for a forward that only has to run: three rows of five ids."""
+        ids = torch.tensor(_DUMMY_IDS, device=self.device)
+        return {self.main_input_name: ids % getattr(self.config, "vocab_size", 8)}
+
+    def warn_if_padding_and_no_attention_mask(
+        self, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        """Log once a model that rows begin or end with padding which no mask hides."""
+        pad = getattr(self.config, "pad_token_id", None)
+        if attention_mask is not None or pad is None or opaque(input_ids):
+            return
+        if not self._warned_of_padding and bool((input_ids[:, [0, -1]] == pad).any()):
+            self._warned_of_padding = True
+            logger.warning(
+                "input_ids begin or end with pad_token_id=%d and no attention_mask was given, so "
+                "padding is read as text; pass attention_mask=(input_ids != pad_token_id), unless "
+                "that token is meant",
+                pad,
+            )
+
+    def __repr__(self) -> str:
+        """Size, dtype, devices and kernels, then the modules."""
+        if _inside_a_repr.get():
+            return super().__repr__()
+        token = _inside_a_repr.set(True)
+        try:
+            return f"{self._description()}\n{super().__repr__()}"
+        finally:
+            _inside_a_repr.reset(token)
+
+    def _description(self) -> str:
+        dtypes = dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in self.parameters())
+        devices = dict.fromkeys(str(p.device) for p in self.parameters())
+        used: dict[str, dict[str, None]] = {}
+        for _, module in kernel_modules(self):
+            used.setdefault(module.op, {})[module.choice.backend] = None
+        lines = [
+            f"{type(self).__name__}: {count_in_words(self.num_parameters())} parameters, "
+            f"{' and '.join(dtypes)}, on {', '.join(devices)}"
+        ]
+        if used:
+            lines.append("kernels: " + ", ".join(f"{k}={'/'.join(used[k])}" for k in sorted(used)))
+        return "\n".join(lines)
+
     @classmethod
     def can_generate(cls) -> bool:
         """Whether the model has `generate`."""
@@ -208,51 +279,6 @@ class PreTrainedModel(LoadingMixin, nn.Module, metaclass=_ModelType):
                 module._kernel_policy = policy
         for op, name in IMPLEMENTATIONS.items():
             setattr(self.config, name, getattr(policy, op))
-
-    # gradient checkpointing
-
-    def gradient_checkpointing_enable(
-        self,
-        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        every_n_layers: int = 1,
-    ) -> None:
-        """Recompute each n-th layer in backward instead of keeping its activations.
-
-        Raises ValueError for arguments that torch.utils.checkpoint does not take, and for
-        `use_reentrant=True`, which loses gradients.
-        """
-        arguments = dict(gradient_checkpointing_kwargs or {})
-        for name in arguments:
-            if name not in CHECKPOINT_ARGUMENTS:
-                raise ValueError(
-                    f"gradient_checkpointing_kwargs: unknown {name!r}"
-                    f"{did_you_mean(name, CHECKPOINT_ARGUMENTS)}; allowed: {CHECKPOINT_ARGUMENTS}"
-                )
-        if arguments.pop("use_reentrant", False):
-            raise ValueError(
-                "gradient_checkpointing_kwargs: use_reentrant=True is not supported, it drops "
-                "gradients of frozen inputs; leave it out or pass False"
-            )
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers={every_n_layers} must be at least 1")
-        layers = self._checkpoint_layers()
-        if not layers:
-            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
-        for i, layer in enumerate(layers):
-            layer.checkpointing = arguments if i % every_n_layers == 0 else None
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        for layer in self._checkpoint_layers():
-            layer.checkpointing = None
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """Whether any layer is recomputed in backward."""
-        return any(layer.checkpointing is not None for layer in self._checkpoint_layers())
-
-    def _checkpoint_layers(self) -> list[Any]:
-        return [m for m in self.modules() if hasattr(m, "checkpointing")]
 
     @classmethod
     def from_config(

@@ -32,15 +32,40 @@ if TYPE_CHECKING:
     from swathe.kernels.qk_norm_rotary.api import qk_norm_rotary
     from swathe.kernels.rotary.api import rotary
     from swathe.kernels.tuner import use_tuned
-    from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, register_model
+    from swathe.modeling.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        register_model,
+    )
     from swathe.modeling.cache import DynamicCache, StaticCache
     from swathe.modeling.checkpoint.errors import CheckpointError
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
+    from swathe.modeling.dispatch import dispatch_model
     from swathe.modeling.errors import ConfigError, UninitializedParameter
+    from swathe.modeling.families.bert.configuration_bert import BertConfig
+    from swathe.modeling.families.bert.modeling_bert import (
+        BertForMaskedLM,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+        BertModel,
+    )
     from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-    from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+    from swathe.modeling.families.llama.modeling_llama import (
+        LlamaForCausalLM,
+        LlamaForQuestionAnswering,
+        LlamaForSequenceClassification,
+        LlamaForTokenClassification,
+        LlamaModel,
+    )
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
     from swathe.modeling.rope import register_rope
@@ -50,8 +75,18 @@ _HOME = {
     "AutoConfig": "swathe.modeling.auto",
     "AutoModel": "swathe.modeling.auto",
     "AutoModelForCausalLM": "swathe.modeling.auto",
+    "AutoModelForMaskedLM": "swathe.modeling.auto",
+    "AutoModelForQuestionAnswering": "swathe.modeling.auto",
+    "AutoModelForSequenceClassification": "swathe.modeling.auto",
+    "AutoModelForTokenClassification": "swathe.modeling.auto",
     "Backend": "swathe.kernels.core.registry",
     "BackendUnavailable": "swathe.kernels.core.errors",
+    "BertConfig": "swathe.modeling.families.bert.configuration_bert",
+    "BertForMaskedLM": "swathe.modeling.families.bert.modeling_bert",
+    "BertForQuestionAnswering": "swathe.modeling.families.bert.modeling_bert",
+    "BertForSequenceClassification": "swathe.modeling.families.bert.modeling_bert",
+    "BertForTokenClassification": "swathe.modeling.families.bert.modeling_bert",
+    "BertModel": "swathe.modeling.families.bert.modeling_bert",
     "Capabilities": "swathe.kernels.core.spec",
     "CheckpointError": "swathe.modeling.checkpoint.errors",
     "ConfigError": "swathe.modeling.errors",
@@ -61,6 +96,9 @@ _HOME = {
     "KernelReport": "swathe.modeling.policy",
     "LlamaConfig": "swathe.modeling.families.llama.configuration_llama",
     "LlamaForCausalLM": "swathe.modeling.families.llama.modeling_llama",
+    "LlamaForQuestionAnswering": "swathe.modeling.families.llama.modeling_llama",
+    "LlamaForSequenceClassification": "swathe.modeling.families.llama.modeling_llama",
+    "LlamaForTokenClassification": "swathe.modeling.families.llama.modeling_llama",
     "LlamaModel": "swathe.modeling.families.llama.modeling_llama",
     "Mask": "swathe.kernels.attention.mask",
     "PreTrainedConfig": "swathe.modeling.config",
@@ -74,11 +112,13 @@ _HOME = {
     "backends": "swathe.kernels.catalog",
     "cross_entropy": "swathe.kernels.cross_entropy.api",
     "debug": "swathe.kernels.core.debug",
+    "dispatch_model": "swathe.modeling.dispatch",
     "explain": "swathe.kernels.catalog",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
     "geglu": "swathe.kernels.gated_mlp_act.api",
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
+    "memory_estimate": "swathe.modeling.memory",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
@@ -96,8 +136,18 @@ __all__ = [
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "Backend",
     "BackendUnavailable",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
     "Capabilities",
     "CheckpointError",
     "ConfigError",
@@ -107,6 +157,9 @@ __all__ = [
     "KernelReport",
     "LlamaConfig",
     "LlamaForCausalLM",
+    "LlamaForQuestionAnswering",
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
     "LlamaModel",
     "Mask",
     "PreTrainedConfig",
@@ -121,11 +174,13 @@ __all__ = [
     "backends",
     "cross_entropy",
     "debug",
+    "dispatch_model",
     "explain",
     "gated_mlp_act",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",
+    "memory_estimate",
     "qk_norm_rotary",
     "register_attention",
     "register_backend",

@@ -7,7 +7,7 @@ of them is read, and each is copied to its place and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from swathe.modeling.checkpoint.errors import CheckpointError
 from swathe.modeling.checkpoint.header import TensorInfo
 from swathe.modeling.checkpoint.matching import Match
 from swathe.modeling.checkpoint.transforms import Group, WeightTransform, find_groups
+
+Where = Callable[[str], torch.device | str]  # the device of a parameter, by its name
 
 
 class Assembly:
@@ -84,11 +86,11 @@ class Assembly:
             for parameter in group.parameters:
                 result.report.converted[parameter] = [info.name for info in found.values()]
 
-    def place(self, key: str, value: Tensor, device: torch.device | str) -> None:
+    def place(self, key: str, value: Tensor, device: Where) -> None:
         """Put stored tensor `key`, already in its final dtype, where it belongs."""
         group, first = self._by_stored.get(key), self.model_names(key)[0]
         if group is None or group.transform.renames_only:
-            self.parameters[first] = value.to(device)
+            self.parameters[first] = value.to(device(first))
         elif len(group.parameters) > 1:
             parts = group.transform.to_parameters(value)
             for parameter, part in zip(group.parameters, parts, strict=True):
@@ -99,8 +101,9 @@ class Assembly:
                 self._views |= zip(group.stored, group.transform.to_stored([whole]), strict=True)
             self._views[key].copy_(value)
 
-    def _allocate(self, parameter: str, like: Tensor, device: torch.device | str) -> Tensor:
-        return torch.empty(self._shapes[parameter], dtype=like.dtype, device=device)
+    def _allocate(self, parameter: str, like: Tensor, device: Where) -> Tensor:
+        shape = self._shapes[parameter]
+        return torch.empty(shape, dtype=like.dtype, device=device(parameter))
 
 
 def _require_one_dtype(group: Group, infos: Sequence[TensorInfo]) -> None:

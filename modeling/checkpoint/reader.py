@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swathe.modeling.checkpoint.assembly import Assembly
+from swathe.modeling.checkpoint.assembly import Assembly, Where
 from swathe.modeling.checkpoint.errors import CheckpointError, CheckpointNotFound
 from swathe.modeling.checkpoint.files import Identity, open_regular
 from swathe.modeling.checkpoint.header import TensorInfo
@@ -112,7 +112,7 @@ def load_into(
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | None,
-    device: torch.device | str,
+    device: torch.device | str | Callable[[str], torch.device],
     tied: Mapping[str, str],
     prefix: str,
     ignore_missing: Sequence[str] = (),
@@ -127,11 +127,12 @@ def load_into(
 
     `dtype` None keeps each stored dtype. `tied` maps a tied parameter to its source: both become
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
-    the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
-    head parameters as they are and reports them; True lets nothing differ; False lets anything.
+    the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
+    `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
-    stored ones. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS,
-    E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
+    stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
+    way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
+    E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(
@@ -147,6 +148,8 @@ def load_into(
         directory=checkpoint.directory,
         tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,
+        renames=getattr(model, "_key_renames", {}),
+        head_parts=getattr(model, "_head_parts", ()),
         ignore_missing=ignore_missing,
         ignore_unexpected=ignore_unexpected,
         strict=strict,
@@ -158,7 +161,8 @@ def load_into(
     assembly.settle(result, dtype)
     total = sum(info.nbytes for info in result.plan.values())
     with Progress("loading", total, enabled=progress) as bar:
-        _read_all(checkpoint, result, assembly, dtype, device, check_finite, bar)
+        where = device if callable(device) else lambda name: device
+        _read_all(checkpoint, result, assembly, dtype, where, check_finite, bar)
     for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
@@ -189,7 +193,7 @@ def _read_all(
     result: Match,
     assembly: Assembly,
     dtype: torch.dtype | None,
-    device: torch.device | str,
+    device: Where,
     check_finite: bool,
     bar: Progress,
 ) -> None:

@@ -12,7 +12,7 @@ from swathe.modeling.checkpoint.errors import listing
 Shape = tuple[int, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class LoadReport:
     """Names as the model has them, except `unexpected` and `ignored`: as the checkpoint has them.
 
@@ -40,6 +40,9 @@ class LoadReport:
             "mismatched_keys": set(self.mismatched),
             "error_msgs": [],
         }
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self}"
 
     def __str__(self) -> str:
         lines = [f"{self.loaded} tensors loaded" + (f", {self.prefix}" if self.prefix else "")]

@@ -46,7 +46,7 @@ MIXTRAL_TRANSFORMS = (
 Routing = tuple[Tensor, Tensor, Tensor]
 
 
-class _Router(nn.Module):
+class Router(nn.Module):
     """Logits (N, E) of tokens (N, H), and what a subclass makes of them."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, bias: bool) -> None:
@@ -73,7 +73,7 @@ class _Router(nn.Module):
         return f"{hidden}, experts={experts}, top_k={self.top_k}, bias={self.bias is not None}"
 
 
-class SoftmaxTopKRouter(_Router):
+class SoftmaxTopKRouter(Router):
     """The k most probable experts, weighted by their probability among all of them.
 
     `norm_topk_prob` makes the weights of a token sum to 1. They are fp32, rounded to the logits'
@@ -103,7 +103,7 @@ class SoftmaxTopKRouter(_Router):
         return logits, scores.to(logits.dtype) if self.round_scores else scores, chosen
 
 
-class TopKSoftmaxRouter(_Router):
+class TopKSoftmaxRouter(Router):
     """The k experts with the largest logits, weighted by a softmax over those k alone."""
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:

@@ -100,7 +100,8 @@ def read_back(
     }
     for key in sorted(stored, reverse=True):
         value = stored[key]
-        assembly.place(key, value.assemble() if isinstance(value, Joined) else value.clone(), "cpu")
+        whole = value.assemble() if isinstance(value, Joined) else value.clone()
+        assembly.place(key, whole, lambda name: "cpu")
     return assembly.parameters
 
 
