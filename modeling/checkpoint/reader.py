@@ -134,12 +134,7 @@ def load_into(
     way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
     E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(
-            f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
-        )
-    if strict not in ("head", True, False):
-        raise ValueError(f"strict is {strict!r}; allowed are 'head', True and False")
+    _check_options(dtype, strict)
     wanted = model.state_dict(keep_vars=True)
     assembly = Assembly(wanted, checkpoint.tensors, transforms, prefix)
     result = match(
@@ -169,6 +164,15 @@ def load_into(
         _share(model, name, source)
     result.report.loaded = len(assembly.parameters)
     return result.report
+
+
+def _check_options(dtype: torch.dtype | None, strict: object) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(
+            f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
+        )
+    if strict not in ("head", True, False):
+        raise ValueError(f"strict is {strict!r}; allowed are 'head', True and False")
 
 
 def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
