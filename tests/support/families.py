@@ -69,7 +69,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # backends of attention that serve a family: torch's own has neither softcap nor sinks
 ATTENTION = {name: ["eager", "sdpa", "triton"] for name in FAMILIES}
-ATTENTION |= dict.fromkeys(("gemma2", "gpt_oss"), ["eager", "triton"])
+ATTENTION |= {name: ["eager", "triton"] for name in ("gemma2", "gpt_oss")}
 
 
 def pair(family: str, kernels: Any = None, **changes: Any) -> tuple[Any, Any]:
@@ -79,7 +79,7 @@ def pair(family: str, kernels: Any = None, **changes: Any) -> tuple[Any, Any]:
     given = {**TINY, **own, **changes}
     theirs_class = getattr(transformers, name)
     theirs_config = theirs_class.config_class(**given)
-    theirs_config._attn_implementation = "eager"
+    theirs_config._attn_implementation = theirs_config._experts_implementation = "eager"
     theirs = theirs_class(theirs_config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():

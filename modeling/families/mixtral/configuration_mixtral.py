@@ -43,6 +43,10 @@ class MixtralConfig(MoeConfig):
         """Rope parameters, whose theta is 1e6 where none is given."""
         return super().rope_spelled(parameters, {"rope_theta": 1_000_000.0, **legacy})
 
+    def to_dict(self) -> dict[str, Any]:
+        """As every decoder; head_dim is in the files as it was given, None as a rule."""
+        return {**super().to_dict(), "head_dim": vars(self).get("head_dim")}
+
     def window(self, layer_idx: int) -> int | None:
         """The sliding window, the same in all layers."""
         return self.sliding_window
