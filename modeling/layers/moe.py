@@ -113,7 +113,7 @@ class TopKSoftmaxRouter(Router):
         """Tokens (N, H) to logits (N, E), scores (N, k) and the experts' indices (N, k)."""
         logits = self.logits(x)
         best, chosen = torch.topk(logits, self.top_k, dim=-1)
-        return logits, F.softmax(best, dim=-1), chosen
+        return logits, F.softmax(best, dim=-1, dtype=best.dtype), chosen
 
 
 class Experts(KernelModule):

@@ -23,6 +23,7 @@ from swathe.modeling.layers.moe import (
     Qwen3MoeSparseMoeBlock,
     SoftmaxTopKRouter,
 )
+from swathe.modeling.policy import KernelPolicy
 
 # FFN is a multiple of the vector length: torch's sigmoid rounds otherwise in a tail, which the last
 # row has
@@ -337,6 +338,31 @@ def test_parts() -> None:
     assert y.flatten().tolist() == [0, 1, 0, 200, 1000, 2000]
     scores = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     assert combine(y, scores, groups).flatten().tolist() == [0, 3 + 4000, 5 * 2000 + 6 * 200]
+
+
+def test_sums_over_slots_are_wider_than_bf16() -> None:
+    """256 + 1 - 256 is 0 in bf16."""
+    groups = Groups.of(torch.tensor([[0, 1, 2]]), 3)
+    rows = torch.tensor([[256.0], [1.0], [-256.0]], dtype=torch.bfloat16)
+    assert combine(rows, torch.ones(1, 3, dtype=torch.bfloat16), groups).item() == 1
+    x = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    dispatch(x, groups).backward(rows)
+    assert x.grad is not None and x.grad.item() == 1
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_mlp_implementation_chooses_the_backend(kind: str) -> None:
+    results = []
+    for backend in ("eager", "triton"):
+        _, ours = same_weights(KINDS[kind]())
+        KernelPolicy.of(mlp=backend).apply(ours)
+        assert ours.experts.choice.backend == backend
+        x = tokens(7).requires_grad_()
+        y = ours(x)[0]
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in ours.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_backends_and_moves() -> None:

@@ -120,6 +120,7 @@ def test_inverse_is_exact(case: str, dtype: torch.dtype, seed: int) -> None:
     for name, value in given_.items():
         assert found[name].dtype == dtype and found[name].is_contiguous()
         assert torch.equal(bits(found[name]), bits(value)), name
+        assert found[name].untyped_storage().nbytes() == value.nbytes  # owns its memory, no more
 
 
 def test_what_goes_where() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import swathe
 from swathe.kernels.core.launch import Launcher
-from swathe.modeling.families.llama import modeling_llama
+from swathe.modeling import decoder
 
 SIZES = {
     "vocab_size": 32,
@@ -67,9 +67,9 @@ def test_decoding_is_warmed_up_where_there_is_a_cache() -> None:
 
 def test_a_fused_loss_is_run_for_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
-    real = modeling_llama.linear_causal_lm_loss
+    real = decoder.linear_causal_lm_loss
     monkeypatch.setattr(
-        modeling_llama,
+        decoder,
         "linear_causal_lm_loss",
         lambda head, hidden, *a, **k: (ran.append(hidden.shape[1]), real(head, hidden, *a, **k))[1],
     )
