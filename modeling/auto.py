@@ -112,10 +112,10 @@ class _AutoModel:
 
         Options as for PreTrainedModel.from_pretrained.
         """
-        config, subfolder = options.get("config"), options.get("subfolder", "")
-        path = local_directory(path, subfolder, **hub_options(options))
+        path = local_directory(path, options.get("subfolder", ""), **hub_options(options))
+        config = options.get("config")
         if config is None:
-            config = AutoConfig.from_pretrained(path, subfolder=subfolder)
+            config = AutoConfig.from_pretrained(path, subfolder=options.get("subfolder", ""))
         return model_class(config.model_type, cls.head).from_pretrained(path, **options)
 
     @classmethod

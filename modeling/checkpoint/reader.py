@@ -122,11 +122,11 @@ def load_into(
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
 
+    `device` may be a function of a parameter's name; nothing is kept elsewhere on the way.
     `dtype` None keeps each stored dtype. `tied` maps a tied parameter to its source: both become
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
     the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
     head parameters as they are and reports them; True lets nothing differ; False lets anything.
-    `device` may be a function of a parameter's name; nothing is kept elsewhere on the way.
     Peak memory is the model and one tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE,
     E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """

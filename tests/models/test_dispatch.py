@@ -25,9 +25,14 @@ from swathe.kernels.core.registry import register_backend, registered
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.dispatch import dispatch_model
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from swathe.modeling.families.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from swathe.modeling.generation import generate
 from swathe.modeling.generation.prompt import Prompt
+from swathe.modeling.outputs import CausalLMOutputWithPast
 from swathe.modeling.policy import OPS
 
 TINY: dict[str, Any] = {
@@ -244,3 +249,27 @@ def test_moving_keeps_parameters_and_ties() -> None:
     dispatch_model(model, "cpu")
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class Classifier(LlamaPreTrainedModel):
+    """A head without head_path, which picks its token by the ids before it calls a module."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 2, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids).last_hidden_state
+        last = (input_ids != 0).long().cumsum(1).argmax(1)
+        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_other_heads_read_the_last_state_beside_the_ids(lazy: None) -> None:
+    where = {**SPREAD, "score": "cpu"}
+    del where["lm_head"]
+    model = dispatch_model(Classifier(LlamaConfig(**TINY, kernels="eager")).eval(), where)
+    out = model(tokens(), labels=torch.zeros(2, dtype=torch.long))
+    assert out.logits.device == out.loss.device == GPUS[0]
