@@ -7,6 +7,12 @@
     "auto", "sequential"            the visible GPUs in their order, each filled before the next,
                                     then the CPU
 
+    model = LlamaForCausalLM.from_pretrained(path, device_map="auto")
+    model = LlamaForCausalLM.from_pretrained(
+        path, device_map="auto", max_memory={0: "20GB", 1: "20GB", "cpu": "64GB"}
+    )
+    model.hf_device_map     # {"model.embed_tokens": 0, "model.layers.0": 0, ..., "lm_head": 1}
+
 What "auto" promises:
     whole       a module named in `_no_split_modules`, a module that calls a kernel, and a module
                 without further modules below it stay on one device

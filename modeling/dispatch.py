@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from swathe.modeling.layers.embedding import Rotation
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
 
+Model = TypeVar("Model", bound="PreTrainedModel")
 _LABELS = ("labels", "shift_labels", "num_items_in_batch", "start_positions", "end_positions")
 
 
@@ -72,10 +73,8 @@ class DispatchMixin(nn.Module):
 
 
 def dispatch_model(
-    model: PreTrainedModel,
-    device_map: object,
-    max_memory: Mapping[Any, int | str] | None = None,
-) -> PreTrainedModel:
+    model: Model, device_map: object, max_memory: Mapping[Any, int | str] | None = None
+) -> Model:
     """Move a model that is in memory to the devices of `device_map` (modeling/devices.py).
 
     `from_pretrained(device_map=...)` reads weights straight to theirs and never has them twice:
@@ -103,7 +102,7 @@ def dispatch_model(
     return attach(model, placement)
 
 
-def attach(model: PreTrainedModel, placement: Placement) -> PreTrainedModel:
+def attach(model: Model, placement: Placement) -> Model:
     """Register the hooks of a model whose tensors lie as `placement` says, where it needs any."""
     model.hf_device_map = placement.as_hf()
     if len(placement.devices()) < 2:
