@@ -180,8 +180,13 @@ def test_a_boundary_costs_one_copy_of_mask_and_angles(
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     with torch.no_grad():
         model(tokens(), attention_mask=mask, use_cache=False)
-    # hidden, residual, cos, sin, and the mask; not once a layer
-    assert len(copies) == 5
+        # hidden, residual, cos, sin, and the mask; not once a layer
+        assert len(copies) == 5
+        model(tokens(), attention_mask=mask, use_cache=False)
+        assert len(copies) == 10, "what is in the mask may have changed since"
+    (start,) = model._forward_pre_hooks.values()
+    del mask
+    assert len(start.moves.made) == 0, "copies live no longer than their originals"
 
 
 def test_real_values_pass_the_hooks(saved: Path) -> None:
