@@ -26,8 +26,6 @@ _HOME = {
     "PretrainedConfig": "config",
     "UninitializedParameter": "errors",
     "StaticCache": "cache",
-    "dispatch_model": "dispatch",
-    "memory_estimate": "memory",
     "register_model": "auto",
     "register_rope": "rope",
 }
