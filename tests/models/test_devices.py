@@ -94,6 +94,13 @@ def test_every_parameter_is_where_the_dict_says(saved: Path) -> None:
     assert hidden.device == CPU and model.device == CPU
 
 
+def test_angles_are_made_where_the_inputs_are() -> None:
+    found = place(on_meta(), {"model.embed_tokens": "cpu", "": "meta"})
+    assert found.main == CPU == found.device_of("model.rotary_emb.inv_freq")
+    asked = {"model.embed_tokens": "cpu", "": "meta", "model.rotary_emb": "meta"}
+    assert place(on_meta(), asked).device_of("model.rotary_emb.inv_freq") == META
+
+
 def test_weights_are_read_to_their_device(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[torch.device] = []
     original = Tensor.to

@@ -93,7 +93,18 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_forward_over_three_devices(lazy: None, tied: bool) -> None:
+def test_forward_over_three_devices(
+    lazy: None, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Tensor.__setitem__
+
+    def setitem(self: Tensor, index: Any, value: Any) -> None:
+        # a GPU takes indices of its own or of the CPU; fake tensors take any
+        given = index if isinstance(index, tuple) else (index,)
+        assert {i.device for i in given if isinstance(i, Tensor)} <= {self.device}
+        original(self, index, value)
+
+    monkeypatch.setattr(Tensor, "__setitem__", setitem)
     model = build(kernels="eager", tie_word_embeddings=tied)
     model = dispatch_model(model, {**SPREAD, **({"lm_head": GPUS[0]} if tied else {})})
     assert {p.device for p in model.parameters()} == {*GPUS, CPU}
@@ -257,7 +268,7 @@ def test_moving_keeps_parameters_and_ties() -> None:
 
 
 class Classifier(LlamaPreTrainedModel):
-    """A head without head_path, which picks its token by the ids before it calls a module."""
+    """A head without head_path, which looks at the ids before it calls a module."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
@@ -266,8 +277,7 @@ class Classifier(LlamaPreTrainedModel):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutputWithPast:
         hidden = self.model(input_ids).last_hidden_state
-        last = (input_ids != 0).long().cumsum(1).argmax(1)
-        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        logits = self.score((hidden * (input_ids != 0)[..., None]).mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
@@ -276,5 +286,6 @@ def test_other_heads_read_the_last_state_beside_the_ids(lazy: None) -> None:
     where = {**SPREAD, "score": "cpu"}
     del where["lm_head"]
     model = dispatch_model(Classifier(LlamaConfig(**TINY, kernels="eager")).eval(), where)
-    out = model(tokens(), labels=torch.zeros(2, dtype=torch.long))
-    assert out.logits.device == out.loss.device == GPUS[0]
+    labels = torch.zeros(2, dtype=torch.long)
+    for out in (model(tokens(), labels=labels), model(tokens().to(GPUS[1]), labels.to(GPUS[1]))):
+        assert out.logits.device == out.loss.device == GPUS[0]
