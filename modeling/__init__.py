@@ -12,20 +12,21 @@ _HOME = {
     "AutoConfig": "auto",
     "AutoModel": "auto",
     "AutoModelForCausalLM": "auto",
+    "AutoModelForMaskedLM": "auto",
+    "AutoModelForQuestionAnswering": "auto",
+    "AutoModelForSequenceClassification": "auto",
+    "AutoModelForTokenClassification": "auto",
     "CheckpointError": "checkpoint.errors",
     "ConfigError": "errors",
     "DynamicCache": "cache",
     "KernelPolicy": "policy",
     "KernelReport": "policy",
-    "LlamaConfig": "families.llama.configuration_llama",
-    "LlamaForCausalLM": "families.llama.modeling_llama",
-    "LlamaModel": "families.llama.modeling_llama",
     "Mask": "masks",
     "PreTrainedConfig": "config",
     "PreTrainedModel": "model",
     "PretrainedConfig": "config",
-    "UninitializedParameter": "errors",
     "StaticCache": "cache",
+    "UninitializedParameter": "errors",
     "register_model": "auto",
     "register_rope": "rope",
 }
@@ -34,6 +35,10 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name[:1].isupper() and name not in _HOME:
+        families = import_module("swathe.modeling.families")
+        if name in families.__all__:
+            return getattr(families, name)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
     return getattr(import_module(f"swathe.modeling.{_HOME[name]}"), name)

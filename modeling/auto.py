@@ -5,7 +5,7 @@ A family's module is imported when one of its classes is first asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -18,20 +18,28 @@ from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
 from swathe.modeling.model import PreTrainedModel
 
 FAMILIES = Path(__file__).parent / "families"
-HEADS = ("base", "causal_lm")
+HEADS = (
+    "base",
+    "causal_lm",
+    "masked_lm",
+    "seq_cls",
+    "token_cls",
+    "question_answering",
+)
 
-_registered: dict[str, dict[str, type]] = {}
+_registered: dict[str, dict[str, Any]] = {}
 
 
 def register_model(
     model_type: str,
     config_class: type[PreTrainedConfig],
-    models: Mapping[str, type[PreTrainedModel]],
+    models: Mapping[str, type[PreTrainedModel] | Sequence[type[PreTrainedModel]]],
 ) -> None:
     """Make a model of your own known to the Auto classes; `models` maps heads to classes.
 
+    A head may have several classes, the default first; config.json's `architectures` chooses.
     Raises ValueError for a model_type that is taken or differs from the configuration's own, and
-    for heads other than "base" and "causal_lm".
+    for heads that are not in HEADS.
     """
     if config_class.model_type != model_type:
         raise ValueError(
@@ -54,8 +62,11 @@ def model_types() -> list[str]:
     return sorted({*_folders(), *_registered})
 
 
-def model_class(model_type: object, head: str) -> Any:
-    """The class of a family: head "config", "base" or "causal_lm". Imports that family only."""
+def model_class(model_type: object, head: str, architectures: Sequence[str] | None = None) -> Any:
+    """The class of a family: head "config" or one of HEADS. Imports that family only.
+
+    Of several classes with that head it is the one that `architectures` names, else the first.
+    """
     if not isinstance(model_type, str) or model_type not in model_types():
         raise ConfigError(
             f"model_type {model_type!r} is not known{did_you_mean(str(model_type), model_types())};"
@@ -63,15 +74,29 @@ def model_class(model_type: object, head: str) -> Any:
             "class with swathe.register_model"
         )
     if model_type in _registered:
-        found = _registered[model_type].get(head)
+        table = _registered[model_type]
+        found = _one_of(table.get(head, ()), lambda c: c.__name__, architectures)
     else:
-        name = import_module(f"swathe.modeling.families.{model_type}").CLASSES.get(head)
+        table = import_module(f"swathe.modeling.families.{model_type}").CLASSES
+        name = _one_of(table.get(head, ()), str, architectures)
         room = "configuration" if head == "config" else "modeling"
         home = f"swathe.modeling.families.{model_type}.{room}_{model_type}"
         found = name and getattr(import_module(home), name)
     if found is None:
-        raise ConfigError(f"model_type {model_type!r} has no class for {head!r}")
+        raise ConfigError(
+            f"model_type {model_type!r} has no class for {head!r}; it has "
+            f"{[h for h in HEADS if table.get(h)]}"
+            + (f", and config.json asks for {list(architectures)}" if architectures else "")
+        )
     return found
+
+
+def _one_of(
+    choices: Any, name_of: Callable[[Any], str], architectures: Sequence[str] | None
+) -> Any:
+    several = list(choices) if isinstance(choices, list | tuple) else [choices]
+    asked = [choice for choice in several if name_of(choice) in (architectures or ())]
+    return next(iter((*asked, *several)), None)
 
 
 @lru_cache(maxsize=1)
@@ -112,16 +137,18 @@ class _AutoModel:
 
         Options as for PreTrainedModel.from_pretrained.
         """
-        path = local_directory(path, options.get("subfolder", ""), **hub_options(options))
-        config = options.get("config")
+        config, subfolder = options.get("config"), options.get("subfolder", "")
+        path = local_directory(path, subfolder, **hub_options(options))
         if config is None:
-            config = AutoConfig.from_pretrained(path, subfolder=options.get("subfolder", ""))
-        return model_class(config.model_type, cls.head).from_pretrained(path, **options)
+            config = AutoConfig.from_pretrained(path, subfolder=subfolder)
+        chosen = model_class(config.model_type, cls.head, config.architectures)
+        return chosen.from_pretrained(path, **options)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **options: Any) -> Any:
         """A freshly initialised model; options as for PreTrainedModel.from_config."""
-        return model_class(config.model_type, cls.head).from_config(config, **options)
+        chosen = model_class(config.model_type, cls.head, config.architectures)
+        return chosen.from_config(config, **options)
 
 
 class AutoModel(_AutoModel):
@@ -134,3 +161,27 @@ class AutoModelForCausalLM(_AutoModel):
     """Chooses a language model."""
 
     head = "causal_lm"
+
+
+class AutoModelForMaskedLM(_AutoModel):
+    """Chooses a masked language model."""
+
+    head = "masked_lm"
+
+
+class AutoModelForSequenceClassification(_AutoModel):
+    """Chooses a classifier of sequences."""
+
+    head = "seq_cls"
+
+
+class AutoModelForTokenClassification(_AutoModel):
+    """Chooses a classifier of tokens."""
+
+    head = "token_cls"
+
+
+class AutoModelForQuestionAnswering(_AutoModel):
+    """Chooses a model that finds answers in a text."""
+
+    head = "question_answering"

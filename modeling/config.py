@@ -2,8 +2,8 @@
 
 Three rules. A wrong name, type or range raises when the configuration is made. config.json comes
 in and goes out as HF writes it; keys of a file that no field knows are kept in `extra`. How a model
-runs (`attn_implementation` and its like, `kernels`) is never read from or written to a
-file.
+runs (`attn_implementation` and its like, `kernels`, `rope_length`) is never read from or written to
+a file.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ RUNTIME = (
     "loss_implementation",
     "kernels",
 )
+NOT_IN_FILES = (*RUNTIME, "rope_length")
 ALIASES = {"torch_dtype": "dtype", "rope_scaling": "rope_parameters"}
 _BASE_ONLY_WHEN_SET = ("chunk_size_feed_forward", "is_encoder_decoder", "problem_type")
 _DERIVED: Any = type("derived", (), {"__repr__": lambda self: "derived"})()
@@ -236,7 +237,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
 
     def to_dict(self) -> dict[str, Any]:
         """Every serialised field, with HF's names and JSON's types; `extra` keys beside them."""
-        names = [n for n in _names(type(self)) if n not in (*RUNTIME, "extra")]
+        names = [n for n in _names(type(self)) if n not in (*NOT_IN_FILES, "extra")]
         values = {n: copy.deepcopy(getattr(self, n)) for n in names}
         values["dtype"] = str(self.dtype).removeprefix("torch.") if self.dtype else None
         return {**copy.deepcopy(self.extra), **values, "model_type": self.model_type}
@@ -282,7 +283,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
                 f"{cls.model_type!r}; use AutoConfig, AutoModel or AutoModelForCausalLM, which "
                 "choose the class, or pass allow_model_type_mismatch=True"
             )
-        accepted = cls.accepted_keys() - {"extra", *RUNTIME}
+        accepted = cls.accepted_keys() - {"extra", *NOT_IN_FILES}
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         for key, value in values.items():

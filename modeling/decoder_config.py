@@ -4,24 +4,47 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config import PreTrainedConfig, derived
 from swathe.modeling.config_fields import ACTIVATIONS, Range, positive
 from swathe.modeling.errors import ConfigError
-from swathe.modeling.rope import normalised
+from swathe.modeling.rope import ALIASES, check_fits, normalised
 
 logger = logging.getLogger(__name__)
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class DecoderConfig(PreTrainedConfig):
     """A decoder-only language model with rotary positions and grouped key and value heads.
 
-    `head_dim` and `num_key_value_heads` left at None follow the fields they are derived from.
+    `head_dim` and `num_key_value_heads` left at None follow the fields they are derived from. What
+    families spell in their own way (activation, biases, scale, windows) is read through properties.
+    `rope_length` is the length that rope types "dynamic" and "longrope" turn for; it says how a
+    model runs, and no file has it: modeling/layers/embedding.py. Of a family, `partial_rotary` says
+    that its attention honours partial_rotary_factor, `rope_aliases` how its files name rope types.
     """
 
+    base_model_tp_plan: ClassVar[dict[str, str] | None] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    partial_rotary: ClassVar[bool] = False
+    rope_aliases: ClassVar[Mapping[str, str]] = ALIASES
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    absent_when_derived: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[dict[str, Range]] = {
         "vocab_size": (1, 2**24),
         "hidden_size": (1, 2**20),
@@ -31,6 +54,7 @@ class DecoderConfig(PreTrainedConfig):
         "num_key_value_heads": (1, 2**16),
         "head_dim": (1, 2**16),
         "max_position_embeddings": (1, 2**30),
+        "rope_length": (1, 2**30),
         "initializer_range": (0, 1),
         "rms_norm_eps": positive(),
         "attention_dropout": (0, 1),
@@ -43,7 +67,6 @@ class DecoderConfig(PreTrainedConfig):
     num_attention_heads: int = 32
     num_key_value_heads: int | None = derived(lambda c: c.num_attention_heads)
     head_dim: int | None = derived(lambda c: c.hidden_size // c.num_attention_heads)
-    hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -53,14 +76,63 @@ class DecoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
-    attention_bias: bool = False
+    rope_length: int | Literal["per_forward"] | None = None
     attention_dropout: float = 0.0
-    mlp_bias: bool = False
+
+    @property
+    def activation(self) -> str:
+        """The MLP's activation."""
+        return getattr(self, "hidden_act", "silu")
+
+    @property
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether the projections into attention, and the one out of it, have biases."""
+        given = bool(getattr(self, "attention_bias", False))
+        return given, given
+
+    @property
+    def mlp_biases(self) -> bool:
+        """Whether the MLP's projections have biases."""
+        return bool(getattr(self, "mlp_bias", False))
+
+    @property
+    def scaling(self) -> float:
+        """What attention scores are multiplied by."""
+        assert self.head_dim is not None
+        return self.head_dim**-0.5
+
+    @property
+    def attention_softcap(self) -> float | None:
+        """The softcap of attention scores."""
+        return None
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """The softcap of the language model's logits."""
+        return None
+
+    @property
+    def layer_type_names(self) -> tuple[str, ...]:
+        """Every layer type that the model may have."""
+        return (FULL,)
+
+    def layer_type(self, layer_idx: int) -> str:
+        """The type of one layer."""
+        return FULL
+
+    def window(self, layer_idx: int) -> int | None:
+        """Keys that a query of this layer sees, itself included; None for all before it."""
+        return None
 
     @classmethod
     def legacy_keys(cls) -> tuple[str, ...]:
         """Rotary keys that files before transformers 5 keep at the top level."""
-        return ("rope_theta", "original_max_position_embeddings")
+        return ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+    @classmethod
+    def rope_spelled(cls, parameters: object, legacy: Mapping[str, Any]) -> dict[str, Any]:
+        """`rope_parameters` as the fields hold them; by layer type in a family that says so."""
+        return normalised(parameters, legacy, aliases=cls.rope_aliases)
 
     @classmethod
     def from_legacy(
@@ -70,7 +142,18 @@ class DecoderConfig(PreTrainedConfig):
         parameters = values.get("rope_parameters")
         if wins and isinstance(parameters, dict | None):
             parameters = {**(parameters or {}), **legacy}
-        return {**values, "rope_parameters": normalised(parameters, legacy)}
+        return {**values, "rope_parameters": cls.rope_spelled(parameters, legacy)}
+
+    @classmethod
+    def _changed(cls, values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+        """As every configuration; new rope parameters keep what the weights were trained with."""
+        old = values.get("rope_parameters")
+        trained = ("rope_theta", "partial_rotary_factor")
+        kept = {k: old[k] for k in trained if k in old} if isinstance(old, Mapping) else {}
+        for name in ("rope_parameters", "rope_scaling"):
+            if name in changes and isinstance(changes[name], Mapping | None):
+                changes = {**changes, name: {**kept, **(changes[name] or {})}}
+        return super()._changed(values, changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **options: Any) -> Self:
@@ -81,8 +164,16 @@ class DecoderConfig(PreTrainedConfig):
             values = {**values, "pad_token_id": None}
         return super().from_dict(values, **options)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration, less the derived values that the family's files do not have."""
+        values = super().to_dict()
+        for name in self.absent_when_derived:
+            if name not in vars(self):
+                del values[name]
+        return values
+
     def __post_init__(self) -> None:
-        self.rope_parameters = normalised(self.rope_parameters, {})
+        self.rope_parameters = self.rope_spelled(self.rope_parameters, {})
         super().__post_init__()
 
     @property
@@ -108,13 +199,79 @@ class DecoderConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
-        if self.hidden_act not in ACTIVATIONS:
+        rope = self.rope_spelled(self.rope_parameters, {})
+        check_fits(rope, self.head_dim, partial=self.partial_rotary)
+        if self.activation not in ACTIVATIONS:
+            field = next(n for n in ("hidden_activation", "hidden_act") if n in vars(self))
             raise ConfigError(
-                f"hidden_act={self.hidden_act!r}{did_you_mean(self.hidden_act, ACTIVATIONS)}; "
+                f"{field}={self.activation!r}{did_you_mean(self.activation, ACTIVATIONS)}; "
                 f"allowed: {list(ACTIVATIONS)}"
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ConfigError(
                 f"pad_token_id={self.pad_token_id} is outside the vocabulary; allowed: None or 0 "
                 f"to vocab_size - 1 = {self.vocab_size - 1}"
+            )
+
+
+def refuse_bidirectional(asked: bool | None) -> None:
+    """Raise ConfigError where a decoder's configuration asks for attention to later tokens."""
+    if asked:
+        raise ConfigError(
+            "use_bidirectional_attention=True is not supported by this causal family; the values "
+            "allowed are None and False"
+        )
+
+
+class LayerTypesConfig(DecoderConfig):
+    """A decoder some of whose layers see a sliding window only, as `layer_types` lists them.
+
+    `layer_types` left at None follows the family's pattern, `pattern`.
+    """
+
+    ranges: ClassVar[dict[str, Range]] = {"sliding_window": (1, 2**30)}
+
+    sliding_window: int | None = 4096
+    layer_types: list[str] | None = derived(
+        lambda c: [c.pattern(i) for i in range(c.num_hidden_layers)]
+    )
+
+    def pattern(self, layer_idx: int) -> str:
+        """The family's own choice of layer types."""
+        raise NotImplementedError(f"{type(self).__name__} has no pattern of layer types")
+
+    @property
+    def layer_type_names(self) -> tuple[str, ...]:
+        """Both types, whether or not a layer has them."""
+        return FULL, SLIDING
+
+    def layer_type(self, layer_idx: int) -> str:
+        """The type of one layer."""
+        assert self.layer_types is not None
+        return self.layer_types[layer_idx]
+
+    def window(self, layer_idx: int) -> int | None:
+        """The sliding window, in layers that have it."""
+        return self.sliding_window if self.layer_type(layer_idx) == SLIDING else None
+
+    def validate(self) -> None:
+        """As every decoder; then that each layer has a known type, and sliding ones a window."""
+        super().validate()
+        types = self.layer_types
+        assert types is not None
+        for name in types:
+            if name not in (FULL, SLIDING):
+                raise ConfigError(
+                    f"layer_types has {name!r}{did_you_mean(name, (FULL, SLIDING))}; allowed: "
+                    f"{[FULL, SLIDING]}"
+                )
+        if len(types) != self.num_hidden_layers:
+            raise ConfigError(
+                f"layer_types has {len(types)} entries for num_hidden_layers="
+                f"{self.num_hidden_layers}; give one a layer, or None for the family's pattern"
+            )
+        if SLIDING in types and self.sliding_window is None:
+            raise ConfigError(
+                "sliding_window=None, but layer_types has 'sliding_attention'; give a window of 1 "
+                "or more, or make every layer 'full_attention'"
             )

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
 from swathe.modeling.checkpoint.report import LoadReport
+from swathe.modeling.checkpoint.transforms import WeightTransform
 from swathe.modeling.checkpoint.writer import save
 from swathe.modeling.config import RUNTIME, PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
@@ -53,7 +54,9 @@ ELSEWHERE = {
 
 
 class LoadingMixin:
-    """The two methods that touch files."""
+    """The two methods that touch files; `_weight_transforms` say where files and model differ."""
+
+    _weight_transforms: ClassVar[Sequence[WeightTransform]] = ()
 
     @classmethod
     def from_pretrained(
@@ -97,7 +100,7 @@ class LoadingMixin:
         stored = _unquantised(config or cls.config_class.from_pretrained(directory))
         own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory)
-        chosen = _dtype(dtype if dtype != "auto" else torch_dtype or dtype, own, checkpoint)
+        chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         model = _on_meta(cls, own)
         placement = place(model, device_map, max_memory, chosen)
         report = _read(
@@ -110,6 +113,7 @@ class LoadingMixin:
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
+            transforms=model._weight_transforms,
         )
         _finish(model, report, chosen, placement, directory)
         model = model if device_map is None else attach(model, placement)
@@ -158,6 +162,7 @@ class LoadingMixin:
             tensors=written,
             max_shard_size=max_shard_size,
             extra_files=extra,
+            transforms=model._weight_transforms,
         )
         if push_to_hub:
             name = repo_id or Path(directory).resolve().name
@@ -262,8 +267,13 @@ def _implementations(
 
 
 def _dtype(
-    asked: torch.dtype | str | None, config: PreTrainedConfig, checkpoint: Checkpoint
+    asked: torch.dtype | str | None,
+    alias: torch.dtype | str | None,
+    config: PreTrainedConfig,
+    checkpoint: Checkpoint,
 ) -> torch.dtype:
+    if asked == "auto" and alias is not None:
+        asked = alias
     if asked != "auto":
         chosen = dtype_named(asked, "from_pretrained") or torch.float32
         if not chosen.is_floating_point:
@@ -272,7 +282,7 @@ def _dtype(
     if config.dtype is not None:
         return config.dtype
     stored = (info.dtype for info in checkpoint.tensors.values())
-    return next((d for d in stored if d.is_floating_point), torch.float32)
+    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Every form of attention mask that HF callers pass, as one Mask that is always causal.
+"""Every form of attention mask that HF callers pass, as one Mask: a decoder's is always causal.
 
     (B, S) or (B, T), any dtype of 0 and 1     padding: 1 marks a real token
     (B, 1, 1, S), (B, 1, S)                    the same; floating point without a 1: added to scores
@@ -8,6 +8,8 @@
 
 Meaning   causality is never lost: a tensor can only hide more. A mask that does not fit raises with
           both shapes, values that could mean two things raise as well.
+Encoders  take the same forms and are not causal; floating point with more than two dimensions is
+          always added to the scores there, so that 0 and 1 raise in every such form.
 Cost      padding is looked at once a forward: one small host synchronisation, which turns it into
           row intervals or into nothing (all ones). None, a Mask, or a full boolean mask need none.
           While torch.compile traces, or a CUDA graph is captured, nothing can be looked at: padding
@@ -28,8 +30,20 @@ def causal_mask(given: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
 
     Raises ValueError or TypeError for shapes and values outside the table of this module.
     """
+    return _mask(given, hidden, past, causal=True)
+
+
+def bidirectional_mask(given: Tensor | Mask | None, hidden: Tensor) -> Mask:
+    """The Mask of an encoder's T = hidden.shape[1] tokens, which all see each other.
+
+    Raises ValueError or TypeError for shapes and values outside the table of this module.
+    """
+    return _mask(given, hidden, 0, causal=False)
+
+
+def _mask(given: Tensor | Mask | None, hidden: Tensor, past: int, *, causal: bool) -> Mask:
     if given is None:
-        return Mask(causal=True, rows_may_be_empty=False)
+        return Mask(causal=causal, rows_may_be_empty=False)
     if isinstance(given, Mask):
         return given
     if not isinstance(given, Tensor):
@@ -41,16 +55,18 @@ def causal_mask(given: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
     S = past + T
     mask = given.to(hidden.device)
     if mask.dim() == 2:
-        return _padding(_two_dimensional(mask, B, T, S), T, S)
+        return _padding(_two_dimensional(mask, B, T, S), T, S, causal)
     if mask.dim() == 3:
         mask = mask.unsqueeze(1)
     if mask.dim() != 4 or mask.shape[0] not in (1, B) or mask.shape[-1] != S:
         raise _does_not_fit(mask, B, T, S)
     if mask.shape[1:3] == (1, 1):
-        return _four_dimensional_padding(mask, B, T, S)
+        if not causal and mask.is_floating_point():
+            return _full(mask, causal)
+        return _four_dimensional_padding(mask, B, T, S, causal)
     if mask.shape[2] != T:
         raise _does_not_fit(mask, B, T, S)
-    return _full(mask)
+    return _full(mask, causal)
 
 
 def opaque(mask: Tensor) -> bool:
@@ -72,15 +88,15 @@ def _two_dimensional(mask: Tensor, B: int, T: int, S: int) -> Tensor:
     return torch.cat((mask.new_ones(B, S - T), mask), dim=1)
 
 
-def _four_dimensional_padding(mask: Tensor, B: int, T: int, S: int) -> Mask:
+def _four_dimensional_padding(mask: Tensor, B: int, T: int, S: int, causal: bool) -> Mask:
     if mask.is_floating_point() and (opaque(mask) or not _zeros_and_a_one(mask)):
-        return Mask(causal=True, bias=mask)
-    return _padding(mask[:, 0, 0].expand(B, S), T, S)
+        return Mask(causal=causal, bias=mask)
+    return _padding(mask[:, 0, 0].expand(B, S), T, S, causal)
 
 
-def _full(mask: Tensor) -> Mask:
+def _full(mask: Tensor, causal: bool) -> Mask:
     if mask.dtype == torch.bool:
-        return Mask(causal=True, allowed=mask)
+        return Mask(causal=causal, allowed=mask)
     if mask.is_floating_point():
         if not opaque(mask) and _zeros_and_a_one(mask):
             raise ValueError(
@@ -88,15 +104,15 @@ def _full(mask: Tensor) -> Mask:
                 "could mean visible or added to the scores; pass mask.bool() for visible, or "
                 "0 and -inf to add"
             )
-        return Mask(causal=True, bias=mask)
+        return Mask(causal=causal, bias=mask)
     if not opaque(mask) and bool(((mask != 0) & (mask != 1)).any()):
         raise _not_zero_or_one(mask)
-    return Mask(causal=True, allowed=mask.bool())
+    return Mask(causal=causal, allowed=mask.bool())
 
 
-def _padding(mask: Tensor, T: int, S: int) -> Mask:
+def _padding(mask: Tensor, T: int, S: int, causal: bool) -> Mask:
     if opaque(mask):
-        return Mask(causal=True, keys=mask.bool())
+        return Mask(causal=causal, keys=mask.bool())
     real = mask != 0
     count = real.sum(1)
     start = real.int().argmax(1)
@@ -108,14 +124,12 @@ def _padding(mask: Tensor, T: int, S: int) -> Mask:
     if other:
         raise _not_zero_or_one(mask)
     if fewest == S:
-        return Mask(causal=True, rows_may_be_empty=False)
+        return Mask(causal=causal, rows_may_be_empty=False)
+    empty = fewest == 0 or (causal and latest > S - T)
     if holes:
-        return Mask(causal=True, keys=real)
+        return Mask(causal=causal, keys=real, rows_may_be_empty=empty)
     end = start + count
-    no_row_is_empty = fewest > 0 and latest <= S - T
-    return Mask(
-        causal=True, start=start.int(), end=end.int(), rows_may_be_empty=not no_row_is_empty
-    )
+    return Mask(causal=causal, start=start.int(), end=end.int(), rows_may_be_empty=empty)
 
 
 def _zeros_and_a_one(mask: Tensor) -> bool:

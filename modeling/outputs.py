@@ -1,14 +1,15 @@
 """What a forward returns: fields by name, by position (None skipped) or by key, and a pytree.
 
 The contract is HF's ModelOutput: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, iteration
-over the names of the fields that are set. Unlike a dict, an output has no way to drop a field.
+over the names of the fields that are set. A field can be set but not dropped. Names and order are
+those of HF's classes, with the cache under its older name, past_key_values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -54,6 +55,20 @@ class ModelOutput:
             raise KeyError(f"{type(self).__name__} has no {key!r}; it has {list(self.keys())}")
         return getattr(self, key)
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        known = [f.name for f in fields(self)]  # type: ignore[arg-type]
+        if name not in known:
+            raise KeyError(f"{type(self).__name__} has no field {name!r}; its fields are {known}")
+        setattr(self, name, value)
+
+    def _keep(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} keeps its fields: nothing can be deleted or popped; set a "
+            "field to None, or make a dict of items() and change that"
+        )
+
+    __delitem__ = pop = update = setdefault = _keep
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
@@ -65,13 +80,44 @@ class ModelOutput:
 
 
 @dataclass
+class BaseModelOutput(ModelOutput):
+    """An encoder's result: hidden_states are the embeddings and the output of each layer."""
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """An encoder's result with one vector a sequence, pooler_output (B, hidden)."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class BaseModelOutputWithPast(ModelOutput):
-    """A body's result: hidden_states are the inputs of each layer and the normed last state."""
+    """A decoder's result: hidden_states are the inputs of each layer and the normed last state."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: DynamicCache | StaticCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
+    """BERT's result, which in HF may also come from a decoder with cross-attention."""
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -81,5 +127,70 @@ class CausalLMOutputWithPast(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: DynamicCache | StaticCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MoeCausalLMOutputWithPast(ModelOutput):
+    """A language model with experts: aux_loss balances them, router_logits (tokens, E) a layer."""
+
+    loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """A masked language model's result: logits (B, T, V)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """An encoder's classification of sequences: logits (B, num_labels)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class SequenceClassifierOutputWithPast(ModelOutput):
+    """A decoder's classification of sequences: logits (B, num_labels)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: DynamicCache | StaticCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput(ModelOutput):
+    """A classification of every token: logits (B, T, num_labels)."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Where an answer starts and ends: logits (B, T) each."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None

@@ -16,7 +16,7 @@ from importlib import import_module
 from itertools import chain
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, Choice, registered
@@ -41,10 +41,13 @@ class KernelModule(nn.Module):
         """The backend for this module as it is now (device, dtype, sizes); changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} must say how it chooses a backend")
 
+    def sample(self) -> Tensor:
+        """A tensor of the module's: where and in which dtype it is."""
+        return next(chain(self.parameters(), self.buffers()))
+
     def resolve(self, implementation: str) -> Choice:
         """`pick`, but on the meta device, where nothing runs, a name is only taken down."""
-        first = next(chain(self.parameters(), self.buffers()))
-        if first.is_meta:
+        if self.sample().is_meta:
             return replace(self.pick(AUTO), asked=implementation)
         return self.pick(implementation)
 

@@ -35,8 +35,9 @@ def warmup(
     several programs share, takes kernels of its own, and 1024 stands for those. No size that varies
     from call to call is compiled in, so a few lengths stand for all of them; Triton keeps what it
     compiles on disk, so that later processes load it. `training` defaults to model.training; a
-    fused loss (loss_implementation) is run with it. Gradients, buffers, random state and the modes
-    of the model and its modules are left as they were.
+    fused loss (loss_implementation) is run with it. Lengths above what the model names as its
+    `longest_input` become that. Gradients, buffers, random state and the modes of the model and
+    its modules are left as they were.
     Raises ValueError for lengths below 1.
     """
     if not tokens or min(tokens) < 1:
@@ -49,10 +50,12 @@ def warmup(
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = [device] if device.type == "cuda" else []
+    longest = getattr(model, "longest_input", max(tokens))
+    lengths = list(dict.fromkeys(min(length, longest) for length in tokens))
     with torch.random.fork_rng(devices):
         try:
             model.train(training)
-            for length in tokens:
+            for length in lengths:
                 _run(model, torch.zeros(1, length, dtype=torch.long, device=device), training)
         finally:
             for module, mode in modes.items():
@@ -61,13 +64,14 @@ def warmup(
                 for name, buffer in model.named_buffers():
                     buffer.copy_(buffers[name])
     seconds = time.perf_counter() - began
-    return Warmed(len(tokens), Launcher.compiled_count() - before, seconds)
+    return Warmed(len(lengths), Launcher.compiled_count() - before, seconds)
 
 
 def _run(model: nn.Module, ids: Tensor, training: bool) -> None:
-    # a fused loss has kernels of its own, which only a call with labels reaches
+    # a fused loss over the vocabulary has kernels of its own, which only a call with labels reaches
     fused = getattr(getattr(model, "config", None), "loss_implementation", None)
-    labels = {"labels": ids} if training and fused is not None else {}
+    over_vocabulary = training and fused is not None and bool(getattr(model, "head_path", ""))
+    labels = {"labels": ids} if over_vocabulary else {}
     with nullcontext() if training else torch.inference_mode():
         output: Any = model(input_ids=ids, **labels)
         cache = None if training else getattr(output, "past_key_values", None)

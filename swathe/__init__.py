@@ -32,14 +32,22 @@ if TYPE_CHECKING:
     from swathe.kernels.qk_norm_rotary.api import qk_norm_rotary
     from swathe.kernels.rotary.api import rotary
     from swathe.kernels.tuner import use_tuned
-    from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, register_model
+    from swathe.modeling.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        register_model,
+    )
     from swathe.modeling.cache import DynamicCache, StaticCache
     from swathe.modeling.checkpoint.errors import CheckpointError
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
     from swathe.modeling.dispatch import dispatch_model
     from swathe.modeling.errors import ConfigError, UninitializedParameter
-    from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-    from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+    from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
     from swathe.modeling.memory import memory_estimate
@@ -52,6 +60,10 @@ _HOME = {
     "AutoConfig": "swathe.modeling.auto",
     "AutoModel": "swathe.modeling.auto",
     "AutoModelForCausalLM": "swathe.modeling.auto",
+    "AutoModelForMaskedLM": "swathe.modeling.auto",
+    "AutoModelForQuestionAnswering": "swathe.modeling.auto",
+    "AutoModelForSequenceClassification": "swathe.modeling.auto",
+    "AutoModelForTokenClassification": "swathe.modeling.auto",
     "Backend": "swathe.kernels.core.registry",
     "BackendUnavailable": "swathe.kernels.core.errors",
     "Capabilities": "swathe.kernels.core.spec",
@@ -61,9 +73,6 @@ _HOME = {
     "GenerationConfig": "swathe.modeling.generation.config",
     "KernelPolicy": "swathe.modeling.policy",
     "KernelReport": "swathe.modeling.policy",
-    "LlamaConfig": "swathe.modeling.families.llama.configuration_llama",
-    "LlamaForCausalLM": "swathe.modeling.families.llama.modeling_llama",
-    "LlamaModel": "swathe.modeling.families.llama.modeling_llama",
     "Mask": "swathe.kernels.attention.mask",
     "PreTrainedConfig": "swathe.modeling.config",
     "PreTrainedModel": "swathe.modeling.model",
@@ -100,6 +109,10 @@ __all__ = [
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "Backend",
     "BackendUnavailable",
     "Capabilities",
@@ -109,9 +122,6 @@ __all__ = [
     "GenerationConfig",
     "KernelPolicy",
     "KernelReport",
-    "LlamaConfig",
-    "LlamaForCausalLM",
-    "LlamaModel",
     "Mask",
     "PreTrainedConfig",
     "PreTrainedModel",
@@ -147,9 +157,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'swathe' has no attribute {name!r}; it has {__all__}")
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME.get(name)
+    if home is None and name[:1].isupper():
+        families = import_module("swathe.modeling.families")
+        home = families.__name__ if name in families.__all__ else None
+    if home is None:
+        raise AttributeError(
+            f"module 'swathe' has no attribute {name!r}; it has {__all__} and the classes of "
+            "model families, which swathe.modeling.families lists"
+        )
+    value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -1,11 +1,11 @@
 """Attention in Triton, forward and backward, on every GPU that Triton reaches.
 
-    z[t, s] = the scores of spec.py, times log2(e)      p = exp2(z - lse)      o = p v / sum(p)
+    z[t, s] = the scores of spec.py, times log2(e)      p = exp2(z - lse2)     o = p v / sum(p)
     delta[t] = sum_d do[t, d] * o[t, d] - dlse[t]       dz = p * (do v^T - delta)
     ds = dz * z'       dq = scale * ds k     dk = scale * ds^T q     dv = p^T do     dbias = dz
 
 Shapes   q, do, dq: (B, H, T, D).  k, dk: (B, K, S, D).  v, dv: (B, K, S, E).  o: (B, T, H, E).
-         lse: (B, H, T) fp32.  Features adjacent, every other stride free: no copies.
+         lse2 = lse / log(2): (B, H, T) fp32.  Features adjacent, other strides free: no copies.
 Masks    first, last: (1 or B, 1 or T) int32, the interval of keys that a row sees (mask.bounds).
          Key tiles that no row of a tile sees are not visited, those that all rows see whole are
          not masked. Boolean keys, dense boolean masks and biases are read tile by tile.
@@ -134,7 +134,7 @@ def _tiles(t: Tensor, rows: int, tma: bool) -> Any:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, E) and lse (B, H, T) in fp32; `rest` are the fields of Rows."""
+    """o (B, T, H, E) and lse2 (B, H, T) in fp32; `rest` are the fields of Rows."""
     o, lse = empty_forward(q, k, v)
     (B, H, T, D), E, rows = q.shape, v.shape[3], Rows(*rest)
     made = cut(q, v, rows.dense)

@@ -87,12 +87,12 @@ def _delta(do, o, M: tl.constexpr):
 
 @triton.jit
 def _row_stats(do, o, lse_at, dlse_at, row, T, M: tl.constexpr):
-    """lse in units of log 2 and delta; a row that sees nothing has no weight: its lse is inf."""
+    """lse2 and delta; a row that sees nothing has no weight: its lse2 is inf."""
     delta = _delta(do, o, M)
     if dlse_at is not None:
-        delta -= tl.load(dlse_at + row, row < T, other=0.0)
+        delta -= tl.load(dlse_at + row, row < T, other=0.0) * LOG2E
     lse = tl.load(lse_at + row, row < T, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+    return tl.where(lse == float("-inf"), float("inf"), lse), delta
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     split i   peak_i = max z      total_i = sum 2^(z - peak_i)      acc_i = sum 2^(z - peak_i) v
     o         sum_i w_i acc_i / sum_i w_i total_i       w_i = 2^(peak_i - max peak)
 
-Shapes   q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, E).  o: (B, T, H, E).  lse: (B, H, T).
+Shapes   q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, E).  o: (B, T, H, E).  lse2: (B, H, T).
          Paged: k (pages, K, page, D), v (pages, K, page, E), block_table (B, pages of a sequence).
          Features adjacent, every other stride free: no copies.
 Rows     the T queries of the H / K heads that share keys are rows of one tile, queries outermost.
@@ -324,7 +324,7 @@ def decode(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """o (B, T, H, E) and lse (B, H, T) in fp32; first and last are int32, (1 or B, 1 or T)."""
+    """o (B, T, H, E) and lse2 (B, H, T) in fp32; first and last are int32, (1 or B, 1 or T)."""
     (B, H, T, D), (_, K, S, E) = q.shape, v.shape
     if block_table is not None:
         S, block_table = S * block_table.shape[1], unit_rows(block_table)

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from swathe.kernels.attention._triton_tiles import (
-    LN2,
     LOG2E,
     Bounds,
     Dropout,
@@ -143,11 +142,11 @@ def start_of_softmax(sinks_ptr, h, M: tl.constexpr):
 
 @triton.jit
 def settled(acc, total, peak):
-    """o of rows whose keys are all absorbed, and their lse; 0 and -inf where there was none."""
+    """o of rows whose keys are all absorbed, and lse2; 0 and -inf where there was none."""
     some = total != 0
     safe = tl.where(some, total, 1.0)
     share = tl.where(some, 1.0 / safe, 0.0)
-    lse = tl.where(some, (peak + tl.log2(safe)) * LN2, float("-inf"))
+    lse = tl.where(some, peak + tl.log2(safe), float("-inf"))
     return scaled(acc, share[:, None]), lse
 
 

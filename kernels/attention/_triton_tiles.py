@@ -21,7 +21,6 @@ import triton.language as tl
 from swathe.kernels.core.tl_math import tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**30)  # past every key
 
 

@@ -4,11 +4,12 @@ A backend file offers `forward`, `backward`, `backward_bias` and `decode`; `fuse
 turns them into one differentiable function of (q, k, v, spec). Nothing here imports a backend
 before its first call.
 
-Saved     q, k, v, o, lse, and what the mask and the scores are made of.
+Saved     q, k, v, o, lse2, and what the mask and the scores are made of. lse2 is lse / log(2): the
+          unit in which kernels work, so that nothing is rounded between forward and backward.
 Autograd  first order only. Gradients for q, k, v, sinks and the bias, and through lse; slopes of
           ALiBi that require one are served by "eager". Caches in pages have none.
-Stats     what the backward finds of rows and hands on: (B, H, 2, T rounded up to 128) fp32, lse in
-          units of log 2 (inf where a row sees nothing) and delta.
+Stats     what the backward finds of rows and hands on: (B, H, 2, T rounded up to 128) fp32, lse2
+          (inf where a row sees nothing) and delta.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -45,7 +46,7 @@ _defined: set[str] = set()
 
 
 def empty_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Uninitialised o (B, T, H, E) and lse (B, H, T) in fp32."""
+    """Uninitialised o (B, T, H, E) and lse2 (B, H, T) in fp32."""
     B, H, T, _ = q.shape
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     return torch.empty(B, T, H, v.shape[3], dtype=q.dtype, device=q.device), lse
@@ -107,7 +108,8 @@ def fused(backend: str, module: str) -> Callable[..., Any]:
                 found = apply(_Attention, q, k, v, *rows, *numbers, backend)
             else:
                 found = forward(q, k, v, *rows, *numbers)
-        return found if spec.lse else found[0]
+        # numbers in place: dynamo takes a global float for an input
+        return (found[0], found[1] * 0.6931471805599453) if spec.lse else found[0]
 
     return attention
 
@@ -181,7 +183,7 @@ class _Attention(torch.autograd.Function):
             found[3 + _BIAS] = gradient(name, do, q, k, v, stats, *rest)
         if sinks is not None and ctx.needs_input_grad[3 + _SINKS]:
             # the sink is a key whose value is 0 and whose logit nothing scales
-            weight = torch.exp(sinks[:, None] - lse)
+            weight = torch.exp2(sinks[:, None] * 1.4426950408889634 - lse)
             found[3 + _SINKS] = -(weight * stats[:, :, 1, :T]).sum((0, 2))
         return tuple(found)
 

@@ -18,7 +18,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     T, S, mask = q.shape[2], k.shape[2], spec.mask
     grouped = q.shape[1] != k.shape[1]
     if mask.trivial and (not mask.causal or T == 1 or T == S):
-        causal = mask.causal and T > 1
+        # a comparison of sizes that are traced is no bool
+        causal = True if mask.causal and T > 1 else False  # noqa: SIM210
         o = F.scaled_dot_product_attention(
             q, k, v, dropout_p=spec.dropout, is_causal=causal, scale=spec.scale, enable_gqa=grouped
         )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from swathe.modeling.checkpoint.report import LoadReport
 Strict = Literal["head"] | bool
 # buffers that old checkpoints carry and every model computes for itself
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
+# names that checkpoints converted from TensorFlow carry; transformers reads them for every model
+_OLD_NAMES = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 
 
 @dataclass(slots=True)
@@ -36,6 +39,8 @@ def match(
     directory: Path,
     tied: Mapping[str, str],
     prefix: str,
+    renames: Mapping[str, str] = MappingProxyType({}),
+    head_parts: Sequence[str] = (),
     ignore_missing: Sequence[str] = (),
     ignore_unexpected: Sequence[str] = (),
     strict: Strict = "head",
@@ -43,11 +48,14 @@ def match(
 ) -> Match:
     """Assign stored tensors to the names in `wanted`; raise one CheckpointError with every problem.
 
-    `strict="head"` lets tensors outside the body (`prefix`) be missing or unexpected, `True` lets
-    none, `False` lets all. Codes: E_KEYS, E_ARCHITECTURE, E_SHAPE, E_DTYPE, E_DUPKEY.
+    `strict="head"` lets tensors outside the body (`prefix`), and those in it that `head_parts`
+    names, be missing or unexpected, `True` lets none, `False` lets all. `renames` are patterns of
+    older names and what to write instead, besides those of every model.
+    Codes: E_KEYS, E_ARCHITECTURE, E_SHAPE, E_DTYPE, E_DUPKEY.
     """
     result = Match()
-    names = _rename(wanted, stored, prefix, directory, result.report)
+    modern = {key: _modern(key, wanted, {**_OLD_NAMES, **renames}) for key in stored}
+    names = _rename(wanted, stored, modern, prefix, directory, result.report)
     extra: list[str] = []
     for key, info in stored.items():
         name = names[key]
@@ -64,7 +72,7 @@ def match(
     result.report.ignored += [name for name in absent if _matches(name, ignore_missing)]
     result.report.unexpected = extra
 
-    problems = _key_problems(result, wanted, stored, names, prefix, strict)
+    problems = _key_problems(result, wanted, names, prefix, strict, head_parts)
     if result.report.missing and not result.plan and strict is not False:
         problems.insert(0, ("E_ARCHITECTURE", "", "no tensor of the checkpoint fits this model"))
     elif len(extra) > len(stored) / 2 and strict is not False:
@@ -83,9 +91,18 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
+def _modern(key: str, wanted: Mapping[str, Tensor], renames: Mapping[str, str]) -> str:
+    if key in wanted:
+        return key
+    for pattern, name in renames.items():
+        key = re.sub(pattern, name, key)
+    return key
+
+
 def _rename(
     wanted: Mapping[str, Tensor],
     stored: Mapping[str, TensorInfo],
+    modern: Mapping[str, str],
     prefix: str,
     directory: Path,
     report: LoadReport,
@@ -96,10 +113,12 @@ def _rename(
     """
     dotted = f"{prefix}." if prefix else ""
     ways = {
-        "": {key: key for key in stored},
-        f"prefix {dotted!r} added": {k: k if k in wanted else dotted + k for k in stored},
+        "": dict(modern),
+        f"prefix {dotted!r} added": {
+            k: name if name in wanted else dotted + name for k, name in modern.items()
+        },
         f"prefix {dotted!r} removed": {
-            k: k if k in wanted else k.removeprefix(dotted) for k in stored
+            k: name if name in wanted else name.removeprefix(dotted) for k, name in modern.items()
         },
     }
     fits = {way: sum(name in wanted for name in names.values()) for way, names in ways.items()}
@@ -135,32 +154,42 @@ Problem = tuple[str, str, str]
 def _key_problems(
     result: Match,
     wanted: Mapping[str, Tensor],
-    stored: Mapping[str, TensorInfo],
     names: Mapping[str, str],
     prefix: str,
     strict: Strict,
+    head_parts: Sequence[str],
 ) -> list[Problem]:
     if strict is False:
         return []
     dotted = f"{prefix}." if prefix else ""
     model_has_head = bool(dotted) and any(name.startswith(dotted) for name in wanted)
-    file_has_head = bool(dotted) and any(key.startswith(dotted) for key in stored)
+    file_has_head = bool(dotted) and any(key.startswith(dotted) for key in names)
 
     def is_body(name: str) -> bool:
-        return strict is True or not model_has_head or name.startswith(dotted)
+        if strict is True:
+            return True
+        own = not model_has_head or name.startswith(dotted)
+        return own and not _matches(name, head_parts)
 
     def is_stored_body(key: str) -> bool:
         if strict is True:
             return True
+        if _matches(names[key], head_parts):
+            return False
         if model_has_head:
             return names[key].startswith(dotted)
         return not file_has_head or key.startswith(dotted)
 
     missing = [name for name in result.report.missing if is_body(name)]
     unexpected = [key for key in result.report.unexpected if is_stored_body(key)]
+    pairs = [
+        *(("missing", name, unexpected) for name in missing),
+        *(("unexpected", key, missing) for key in unexpected),
+    ]
     return [
-        *(("E_KEYS", n, f"missing {n!r}{_near(n, unexpected)}") for n in missing),
-        *(("E_KEYS", k, f"unexpected {k!r}{_near(k, missing)}") for k in unexpected),
+        # the rest is only counted, and difflib takes milliseconds a name
+        ("E_KEYS", name, f"{what} {name!r}{_near(name, others) if i < LISTED else ''}")
+        for i, (what, name, others) in enumerate(pairs)
     ]
 
 

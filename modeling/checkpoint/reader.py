@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swathe.modeling.checkpoint.assembly import Assembly, Where
 from swathe.modeling.checkpoint.errors import CheckpointError, CheckpointNotFound
 from swathe.modeling.checkpoint.files import Identity, open_regular
 from swathe.modeling.checkpoint.header import TensorInfo
@@ -25,6 +26,7 @@ from swathe.modeling.checkpoint.layout import read_layout
 from swathe.modeling.checkpoint.matching import Match, Strict, match
 from swathe.modeling.checkpoint.progress import Progress
 from swathe.modeling.checkpoint.report import LoadReport
+from swathe.modeling.checkpoint.transforms import WeightTransform
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,52 +121,57 @@ def load_into(
     ignore_mismatched_sizes: bool = False,
     check_finite: bool = True,
     progress: bool = True,
+    transforms: Sequence[WeightTransform] = (),
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
 
-    `device` may be a function of a parameter's name; nothing is kept elsewhere on the way.
     `dtype` None keeps each stored dtype. `tied` maps a tied parameter to its source: both become
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
-    the checkpoint was saved from a model with or without a head. `strict="head"` leaves missing
-    head parameters as they are and reports them; True lets nothing differ; False lets anything.
-    Peak memory is the model and one tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE,
-    E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
+    the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
+    `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
+    `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
+    stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
+    way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
+    E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(
-            f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
-        )
-    if strict not in ("head", True, False):
-        raise ValueError(f"strict is {strict!r}; allowed are 'head', True and False")
-    wanted = model.state_dict(keep_vars=True)
+    _check_options(dtype, strict)
+    assembly = Assembly(model.state_dict(keep_vars=True), checkpoint.tensors, transforms, prefix)
     result = match(
-        wanted,
+        assembly.wanted,
         checkpoint.tensors,
         directory=checkpoint.directory,
-        tied=tied,
+        tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,
+        renames=getattr(model, "_key_renames", {}),
+        head_parts=getattr(model, "_head_parts", ()),
         ignore_missing=ignore_missing,
         ignore_unexpected=ignore_unexpected,
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,
     )
     _require_equal_ties(checkpoint, result)
-    plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
-    loaded: dict[str, Tensor] = {}
-    with Progress("loading", sum(info.nbytes for _, info in plan), enabled=progress) as bar:
-        for name, info in plan:
-            target = dtype if dtype is not None and wanted[name].is_floating_point() else info.dtype
-            if target != info.dtype:
-                result.report.cast[name] = (info.dtype, target)
-            where = device(name) if callable(device) else device
-            loaded[name] = _read_as(checkpoint, info, target, check_finite).to(where)
-            bar.advance(info.nbytes)
-    for name, value in loaded.items():
+    known = result.report.tied  # so far by stored names
+    result.report.tied = {a: b for a, b in tied.items() if assembly.stored_name(a) in known}
+    assembly.settle(result, dtype)
+    total = sum(info.nbytes for info in result.plan.values())
+    with Progress("loading", total, enabled=progress) as bar:
+        where = device if callable(device) else lambda name: device
+        _read_all(checkpoint, result, assembly, dtype, where, check_finite, bar)
+    for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
         _share(model, name, source)
-    result.report.loaded = len(loaded)
+    result.report.loaded = len(assembly.parameters)
     return result.report
+
+
+def _check_options(dtype: torch.dtype | None, strict: object) -> None:
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(
+            f"dtype is {dtype}; weights load as a floating dtype, or None to keep theirs"
+        )
+    if strict not in ("head", True, False):
+        raise ValueError(f"strict is {strict!r}; allowed are 'head', True and False")
 
 
 def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
@@ -182,6 +189,27 @@ def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
                 file=info.file,
                 key=info.name,
             )
+
+
+def _read_all(
+    checkpoint: Checkpoint,
+    result: Match,
+    assembly: Assembly,
+    dtype: torch.dtype | None,
+    device: Where,
+    check_finite: bool,
+    bar: Progress,
+) -> None:
+    """Read what is planned in the order of the files, each tensor straight to its place."""
+    plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    for key, info in plan:
+        floating = assembly.wanted[key].is_floating_point()
+        target = dtype if dtype is not None and floating else info.dtype
+        if target != info.dtype:
+            kinds = (info.dtype, target)
+            result.report.cast.update(dict.fromkeys(assembly.model_names(key), kinds))
+        assembly.place(key, _read_as(checkpoint, info, target, check_finite), device)
+        bar.advance(info.nbytes)
 
 
 def _read_as(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype, check: bool) -> Tensor:

@@ -17,7 +17,9 @@ class LoadReport:
     """Names as the model has them, except `unexpected` and `ignored`: as the checkpoint has them.
 
     `mismatched` holds (name, shape in the checkpoint, shape in the model); `tied` maps a name to
-    the one whose memory it shares; `cast` maps a name to (stored dtype, loaded dtype).
+    the one whose memory it shares; `cast` maps a name to (stored dtype, loaded dtype); `converted`
+    maps one to the stored tensors it was made of. What is missing of such a parameter is named as
+    the checkpoint should have it.
     """
 
     loaded: int = 0
@@ -27,6 +29,7 @@ class LoadReport:
     mismatched: list[tuple[str, Shape, Shape]] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     cast: dict[str, tuple[torch.dtype, torch.dtype]] = field(default_factory=dict)
+    converted: dict[str, list[str]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -54,6 +57,9 @@ class LoadReport:
                 lines.append(f"{what}: {listing(names)}")
         if self.tied:
             lines.append("tied: " + ", ".join(f"{k} -> {v}" for k, v in self.tied.items()))
+        if self.converted:
+            used = {name for names in self.converted.values() for name in names}
+            lines.append(f"converted: {len(used)} tensors to {len(self.converted)} parameters")
         kinds = sorted({f"{was} -> {now}" for was, now in self.cast.values()})
         if kinds:
             lines.append(f"cast: {len(self.cast)} tensors, {', '.join(kinds)}")

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from swathe.modeling.checkpoint.header import DTYPES
+from swathe.modeling.checkpoint.transforms import Joined
 
+Storable = Tensor | Joined
+Shard = dict[str, Storable]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -64,9 +67,9 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def split_into_shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+def split_into_shards(tensors: Mapping[str, Storable], limit: int) -> list[Shard]:
     """Consecutive groups of at most `limit` bytes; a larger tensor gets a shard to itself."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[Shard] = [{}]
     filled = 0
     for name, tensor in tensors.items():
         if shards[-1] and filled + tensor.nbytes > limit:
@@ -77,7 +80,7 @@ def split_into_shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[st
     return shards
 
 
-def header_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+def header_bytes(tensors: Mapping[str, Storable]) -> bytes:
     """Length and JSON of a safetensors header for `tensors` laid out in their order."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -99,7 +102,7 @@ def create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Storable]) -> None:
     """Create `path` holding `tensors`, on the disk when this returns; one tensor is copied at most.
 
     Wide dtypes come first, so that every tensor starts at a multiple of its element size.
@@ -108,7 +111,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with create(path) as file:
         file.write(header_bytes(ordered))
         for tensor in ordered.values():
-            source = tensor.detach().to("cpu").resolve_conj().contiguous()
+            whole = tensor.assemble() if isinstance(tensor, Joined) else tensor
+            source = whole.detach().to("cpu").resolve_conj().contiguous()
             if source.nbytes:
                 data = (ctypes.c_ubyte * source.nbytes).from_address(source.data_ptr())
                 file.write(memoryview(data).cast("B"))

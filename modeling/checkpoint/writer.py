@@ -23,7 +23,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from swathe.modeling.checkpoint import json_object
 from swathe.modeling.checkpoint.files import require_plain_name
 from swathe.modeling.checkpoint.layout import INDEX, POINTER, SINGLE
 from swathe.modeling.checkpoint.serialize import (
+    Shard,
     check_tensors,
     create,
     header_bytes,
@@ -40,6 +41,7 @@ from swathe.modeling.checkpoint.serialize import (
     split_into_shards,
     write_safetensors,
 )
+from swathe.modeling.checkpoint.transforms import WeightTransform, to_stored
 
 _OURS = re.compile(
     r"model(-(?P<id>[0-9a-f]{12}))?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -55,11 +57,13 @@ def save(
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "5GB",
     extra_files: Mapping[str, str | bytes] | None = None,
+    transforms: Sequence[WeightTransform] = (),
 ) -> list[Path]:
     """Write config.json and `tensors` in the Hugging Face layout; return the weight files.
 
     Shards have at most `max_shard_size` bytes of data ("5GB" is decimal, "5GiB" binary).
     `extra_files` (such as generation_config.json) are replaced one by one after the commit.
+    `transforms` turn `tensors`, as the model has them, into what is stored.
     Raises ValueError (config_json, tensors, names), NotADirectoryError, BlockingIOError (another
     process is saving here), OSError (no space); the checkpoint that was there stays as it was.
     """
@@ -75,7 +79,7 @@ def save(
         if name == "config.json" or _OURS.fullmatch(name):
             raise ValueError(f"extra_files has {name!r}, a name that save itself writes")
     check_tensors(tensors)
-    shards = split_into_shards(tensors, parse_size(max_shard_size))
+    shards = split_into_shards(to_stored(tensors, transforms), parse_size(max_shard_size))
 
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,7 @@ class _Save:
         self.created: list[Path] = []
         self.names: list[str] = []
 
-    def run(self, shards: list[dict[str, Tensor]]) -> None:
+    def run(self, shards: list[Shard]) -> None:
         names = ("config.json", SINGLE, INDEX)
         self.fresh = not any((self.directory / name).exists() for name in names)
         self._sweep(keep={*self._in_use()}, staged_only=True)
@@ -146,7 +150,7 @@ class _Save:
         for path in self.created:
             path.unlink(missing_ok=True)
 
-    def _commit(self, shards: list[dict[str, Tensor]], staged: list[str]) -> None:
+    def _commit(self, shards: list[Shard], staged: list[str]) -> None:
         pointer = staged[0]
         if len(staged) > 1:
             pointer = f"model-{self.id}.safetensors.index.json"
@@ -226,7 +230,7 @@ def _final_config(directory: Path, config_json: str) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def _index(shards: list[dict[str, Tensor]], names: list[str]) -> str:
+def _index(shards: list[Shard], names: list[str]) -> str:
     metadata = {
         "total_parameters": sum(t.numel() for shard in shards for t in shard.values()),
         "total_size": sum(t.nbytes for shard in shards for t in shard.values()),

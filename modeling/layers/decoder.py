@@ -19,21 +19,40 @@ from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.mlp import GatedMLP
 from swathe.modeling.layers.norm import RMSNorm
 
-Stream = tuple[Tensor, Tensor | None]
+LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class DecoderLayer(nn.Module):
-    """norm, attention, norm, MLP; `checkpointing` holds torch.utils.checkpoint's arguments."""
+    """norm, attention, norm, MLP; `checkpointing` holds torch.utils.checkpoint's arguments.
+
+    `layer_type` and `window` say which rotation and which mask of a forward the layer takes.
+    """
 
     def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer_idx)
-        self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layer_type, self.window = config.layer_type(layer_idx), config.window(layer_idx)
+        self.self_attn = self.make_attention(config, layer_idx)
+        self.mlp = self.make_mlp(config, layer_idx)
+        self.input_layernorm = self.make_norm(config)
+        self.post_attention_layernorm = self.make_norm(config)
         self.checkpointing: dict[str, Any] | None = None
+
+    @staticmethod
+    def make_attention(config: DecoderConfig, layer_idx: int) -> SelfAttention:
+        """The layer's attention."""
+        return SelfAttention(config, layer_idx)
+
+    @staticmethod
+    def make_mlp(config: DecoderConfig, layer_idx: int) -> nn.Module:
+        """The layer's MLP."""
+        return GatedMLP(
+            config.hidden_size, config.intermediate_size, config.activation, config.mlp_biases
+        )
+
+    @staticmethod
+    def make_norm(config: DecoderConfig) -> RMSNorm:
+        """A norm over the hidden size; the model's last one is made here as well."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -43,18 +62,57 @@ class DecoderLayer(nn.Module):
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream after this layer, and the attention weights where they are asked for."""
+    ) -> LayerOutput:
+        """The stream after this layer, attention weights where asked for, and router logits."""
         if residual is None:
             normed, stream = self.input_layernorm(hidden_states), hidden_states
         else:
             normed, stream = self.input_layernorm(hidden_states, residual)
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
         normed, stream = self.post_attention_layernorm(attended, stream)
-        return self.mlp(normed), stream, weights
+        out, routed = self.feed_forward(normed)
+        return out, stream, weights, routed
+
+    def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP's output, and where it is a mixture of experts its router's logits."""
+        return self.mlp(normed), None
 
 
-def run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+class SandwichLayer(DecoderLayer):
+    """Gemma 2 and 3: what attention and MLP return is normed as well, before it is added."""
+
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.pre_feedforward_layernorm = self.make_norm(config)
+        self.post_feedforward_layernorm = self.make_norm(config)
+
+    @staticmethod
+    def make_norm(config: DecoderConfig) -> RMSNorm:
+        """Gemma's: 1 + weight, rounded once."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps, offset=1.0, casting="gemma")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation,
+        mask: Mask,
+        cache: DynamicCache | StaticCache | None = None,
+        output_attentions: bool = False,
+    ) -> LayerOutput:
+        """The stream after this layer, attention weights where asked for, and router logits."""
+        if residual is None:
+            normed, stream = self.input_layernorm(hidden_states), hidden_states
+        else:
+            normed, stream = self.input_layernorm(hidden_states, residual)
+        attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
+        attended = self.post_attention_layernorm(attended)
+        normed, stream = self.pre_feedforward_layernorm(attended, stream)
+        out, routed = self.feed_forward(normed)
+        return self.post_feedforward_layernorm(out), stream, weights, routed
+
+
+def run_layer(layer: Any, *arguments: Any) -> LayerOutput:
     """The layer's forward, recomputed in backward where gradient checkpointing is on."""
     if layer.checkpointing is None or not layer.training:
         return layer(*arguments)

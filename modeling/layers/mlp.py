@@ -43,3 +43,37 @@ class GatedMLP(KernelModule):
     def extra_repr(self) -> str:
         """The activation and the backend in use."""
         return f"act={self.act}, backend={self.choice.backend}"
+
+
+class PackedMLP(KernelModule):
+    """The gated MLP whose first two projections are one, `gate_up_proj`: [gate | up]."""
+
+    op: ClassVar[str] = "mlp"
+
+    def __init__(self, hidden_size: int, intermediate_size: int, act: str) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.act = act
+        self.choice = self.pick(AUTO)
+
+    def pick(self, implementation: str) -> Choice:
+        """A backend for the projections' device and dtype."""
+        return resolve_gated_mlp_act(
+            self.gate_up_proj.weight[:, 0],
+            implementation,
+            act=self.act,
+            casting="llama",
+            packed="halves",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, hidden) to (B, T, hidden)."""
+        gated = gated_mlp_act(
+            self.gate_up_proj(x), act=self.act, casting="llama", implementation=self.choice
+        )
+        return self.down_proj(gated)
+
+    def extra_repr(self) -> str:
+        """The activation and the backend in use."""
+        return f"act={self.act}, backend={self.choice.backend}"

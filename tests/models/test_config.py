@@ -82,7 +82,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "label dict": ({"id2label": ["a"]}, "id2label=.*expected a dict"),
     "rope": (
         {"rope_scaling": {"rope_type": "llama33", "factor": 2.0}},
-        r"unknown rope_type 'llama33' \(did you mean 'llama3'\?\); known: \['default', 'llama3'\]",
+        r"unknown rope_type 'llama33' \(did you mean 'llama3'\?\); known: \['default', 'dynamic', ",
     ),
     "rope dict": ({"rope_parameters": [1]}, r"rope_parameters=\[1\] is a list; it must be dict"),
     "rope keys": ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "missing .*low_freq_factor"),

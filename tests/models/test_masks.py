@@ -12,7 +12,7 @@ from torch import Tensor
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM
-from swathe.modeling.masks import causal_mask
+from swathe.modeling.masks import bidirectional_mask, causal_mask
 
 B, T = 3, 6
 ATTENTION = ("eager", "sdpa")
@@ -195,3 +195,27 @@ def test_heads_that_do_not_fit(model: Any) -> None:
 def test_lists_are_refused() -> None:
     with pytest.raises(TypeError, match=r"attention_mask is a list; .*torch.tensor\(mask\)"):
         causal_mask([[1, 1]], new(), 0)  # type: ignore[arg-type]
+
+
+def test_an_encoders_masks() -> None:
+    nothing = bidirectional_mask(None, new())
+    assert nothing == Mask(rows_may_be_empty=False) and nothing.trivial
+    assert bidirectional_mask(torch.ones(B, T), new()) == nothing
+    given = Mask(causal=True)
+    assert bidirectional_mask(given, new()) is given
+    for dtype in ALLOW:
+        mask = bidirectional_mask(PADDING.to(dtype), new())
+        assert not mask.causal and mask.interval and not mask.rows_may_be_empty
+        assert mask.visible(T, T, IDS.device)[:, 0].equal(REAL[:, None].expand(B, T, T))
+    for form in (PADDING[:, None], PADDING[:, None, None], REAL[:, None, None]):
+        assert bidirectional_mask(form, new()).interval
+    holes = torch.tensor([[1, 0, 1, 1, 1, 0]] * B)
+    mask = bidirectional_mask(holes, new())
+    assert mask.keys is not None and not mask.rows_may_be_empty
+    assert bidirectional_mask(torch.tensor([[1] * T, [0] * T, [1] * T]), new()).rows_may_be_empty
+    added = torch.zeros(B, 1, 1, T).masked_fill(~REAL[:, None, None], -torch.inf)
+    assert bidirectional_mask(added, new()).bias is added
+    with pytest.raises(ValueError, match="holds only 0 and 1, which could mean visible or added"):
+        bidirectional_mask(PADDING[:, None, None].float(), new())
+    with pytest.raises(ValueError, match=r"has shape \(3, 5\), but 3 sequences of 6"):
+        bidirectional_mask(PADDING[:, :5], new())

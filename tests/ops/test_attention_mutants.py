@@ -45,7 +45,7 @@ TILES: dict[str, tuple[str, str, int]] = {
     "ALiBi from the first key": ("place = index + bounds.shift", "place = index", 0),
     "slope of the first head": ("tl.load(scores.alibi.at + scores.alibi.skip)", "tl.load(scores.alibi.at)", 0),
     "softcap forgotten": ("z = t * scores.softcap", "z = z * 1.0", 0),
-    "natural logarithm": ("z *= LOG2E", "z *= 1.0", 0),
+    "natural logarithm": ("        factor = LOG2E\n", "        factor = 1.0\n", 0),
     "head of another group": ("(h // groups).to(tl.int64)", "(h % (H // groups)).to(tl.int64)", 0),
 }  # fmt: skip
 FORWARD: dict[str, tuple[str, str, int]] = {
@@ -62,7 +62,7 @@ FORWARD: dict[str, tuple[str, str, int]] = {
     "window's edge taken for whole": ("tl.cdiv(tl.max(tl.where(rows.live, rows.first, 0)), BLOCK_S)", "tl.cdiv(tl.min(rows.first), BLOCK_S)", 0),
     "sink of the first head": ("tl.load(sinks_ptr + h)", "tl.load(sinks_ptr)", 0),
     "sink in base e": ("tl.load(sinks_ptr + h).to(tl.float32) * LOG2E", "tl.load(sinks_ptr + h).to(tl.float32)", 0),
-    "lse in base 2": ("(peak + tl.log2(safe)) * LN2", "(peak + tl.log2(safe))", 0),
+    "lse in base e": ("peak + tl.log2(safe)", "(peak + tl.log2(safe)) * 0.6931471805599453", 0),
     "values with the keys' strides": ("v_ptr += b * v_b + g * v_h", "v_ptr += b * k_b + g * k_h", 0),
     "lse of rows that are not there": ("T + row, lse, row < T)", "T + row, lse)", 0),
 }  # fmt: skip
@@ -70,7 +70,7 @@ BACKWARD: dict[str, tuple[str, str, int]] = {
     "delta ignored": ("dz = p * (dp - delta)", "dz = p * dp", 0),
     "softcap's slope ignored": ("ds = dz * (1.0 - t * t)", "ds = dz", 0),
     "lse's gradient added": ("delta -= tl.load(dlse_at", "delta += tl.load(dlse_at", 0),
-    "lse in base e": ('float("inf"), lse * LOG2E)', 'float("inf"), lse)', 0),
+    "lse times log2(e) again": ('float("inf"), lse)', 'float("inf"), lse * LOG2E)', 0),
     "dq without its scale": ("scaled(dq, scale)", "dq", 0),
     "dk without its scale": ("scaled(dk, scale)", "dk", 0),
     "dq's last keys left out": ("whole_to if part == 1 else hi,", "whole_to,", 0),
