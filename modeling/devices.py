@@ -7,6 +7,12 @@
     "auto", "sequential"            the visible GPUs in their order, each filled before the next,
                                     then the CPU
 
+    model = LlamaForCausalLM.from_pretrained(path, device_map="auto")
+    model = LlamaForCausalLM.from_pretrained(
+        path, device_map="auto", max_memory={0: "20GB", 1: "20GB", "cpu": "64GB"}
+    )
+    model.hf_device_map     # {"model.embed_tokens": 0, "model.layers.0": 0, ..., "lm_head": 1}
+
 What "auto" promises:
     whole       a module named in `_no_split_modules`, a module that calls a kernel, and a module
                 without further modules below it stay on one device
@@ -144,14 +150,12 @@ def available_memory() -> dict[torch.device, int]:
     return free
 
 
-def sizes(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
-) -> dict[str, int]:
-    """Bytes by name; with `dtype`, as if floating-point tensors had it."""
-    return {
-        name: t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize
-        for name, t in tensors
-    }
+def bytes_of(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> int:
+    """Bytes of tensors; with `dtype`, as if those of floating point had it."""
+    total = 0
+    for t in tensors:
+        total += t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize
+    return total
 
 
 def _budgets(max_memory: Mapping[Any, int | str]) -> dict[torch.device, int]:
@@ -267,7 +271,7 @@ def _filled(
 ) -> dict[str, torch.device]:
     """A device for each unit: the first that has room for it and for what is tied to it."""
     tied = model.tied_parameters()
-    size = sizes(((n, t) for n, t in _tensors(model).items() if n not in tied), dtype)
+    size = {n: bytes_of([t], dtype) for n, t in _tensors(model).items() if n not in tied}
     units = {unit: _names_below(unit, module) for unit, module in _units(model)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     units = {unit: names for unit, names in units.items() if parameters & {*names}}

@@ -6,8 +6,8 @@ keys and values where it computed them.
 
     inputs      go to `model.device`, the device of the first parameter; labels to the head's
     results     come back to `model.device`; the cache stays where it is
-    head        is never hooked, since a fused loss reads its weight without calling it: the body's
-                last state is moved to it instead
+    last state  goes from the body to the language-model head, which is never hooked, since a fused
+                loss reads its weight without calling it; for other heads, to `model.device`
     kernels     are chosen for each module's own device; angles that change devices are turned by
                 a backend that is chosen there
 """
@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ from swathe.modeling.layers.embedding import Rotation
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
 
-_LABELS = ("labels", "shift_labels", "num_items_in_batch")
+Model = TypeVar("Model", bound="PreTrainedModel")
+_LABELS = ("labels", "shift_labels", "num_items_in_batch", "start_positions", "end_positions")
 
 
 class DispatchMixin(nn.Module):
@@ -72,10 +73,8 @@ class DispatchMixin(nn.Module):
 
 
 def dispatch_model(
-    model: PreTrainedModel,
-    device_map: object,
-    max_memory: Mapping[Any, int | str] | None = None,
-) -> PreTrainedModel:
+    model: Model, device_map: object, max_memory: Mapping[Any, int | str] | None = None
+) -> Model:
     """Move a model that is in memory to the devices of `device_map` (modeling/devices.py).
 
     `from_pretrained(device_map=...)` reads weights straight to theirs and never has them twice:
@@ -103,7 +102,7 @@ def dispatch_model(
     return attach(model, placement)
 
 
-def attach(model: PreTrainedModel, placement: Placement) -> PreTrainedModel:
+def attach(model: Model, placement: Placement) -> Model:
     """Register the hooks of a model whose tensors lie as `placement` says, where it needs any."""
     model.hf_device_map = placement.as_hf()
     if len(placement.devices()) < 2:
@@ -118,8 +117,10 @@ def attach(model: PreTrainedModel, placement: Placement) -> PreTrainedModel:
     start = _Start(placement.main, labels, moves, names)
     model.register_forward_pre_hook(start, with_kwargs=True)
     model.register_forward_hook(_Results(placement.main, moves))
-    if head is not None and model.base_model is not model:
-        model.base_model.register_forward_hook(_LastState(labels, moves))
+    if model.base_model is not model:
+        # other heads pick tokens by input_ids first, which are on `main`
+        reader = placement.main if head is None else labels
+        model.base_model.register_forward_hook(_LastState(reader, moves))
     return model
 
 
@@ -216,16 +217,16 @@ class _Results:
 
 @dataclasses.dataclass
 class _LastState:
-    """Hook of the body: the last state to the head."""
+    """Hook of the body: the last state to where it is read."""
 
-    head: torch.device
+    reader: torch.device
     moves: _Moves
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         state = getattr(output, "last_hidden_state", None)
         if state is None:
             return output
-        return dataclasses.replace(output, last_hidden_state=self.moves.move(state, self.head))
+        return dataclasses.replace(output, last_hidden_state=self.moves.move(state, self.reader))
 
 
 def _boundaries(model: nn.Module, placement: Placement) -> Iterator[tuple[nn.Module, torch.device]]:

@@ -80,10 +80,9 @@ class GradientMixin(nn.Module):
         """What transformers' own methods call: `checkpoint`, or a partial of it with arguments."""
         if not enable:
             return self.gradient_checkpointing_disable()
-        given, arguments = gradient_checkpointing_func, None
-        if isinstance(given, partial):
-            given, arguments = given.func, given.keywords
-        if given is not checkpoint:
+        given: Any = gradient_checkpointing_func
+        arguments = given.keywords if isinstance(given, partial) else None
+        if (given.func if isinstance(given, partial) else given) is not checkpoint:
             raise ValueError(
                 f"gradient_checkpointing_func={given!r} is not supported; layers are recomputed by "
                 "torch.utils.checkpoint.checkpoint, or functools.partial of it with arguments"

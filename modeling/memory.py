@@ -27,16 +27,16 @@ the optimiser's step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swathe.modeling.auto import model_class
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
+from swathe.modeling.devices import bytes_of
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.figures import bytes_in_words, count_in_words
 from swathe.modeling.model import PreTrainedModel
@@ -123,10 +123,10 @@ def memory_estimate(
             f"{str(asked or model.dtype).removeprefix('torch.')}, {batch_size} x {sequence_length} "
             f"tokens, {'training' if training else 'inference'}"
         ),
-        parameters=_bytes(model.parameters(), asked),
-        buffers=_bytes(model.buffers(), None),
-        gradients=_bytes(trained, asked),
-        optimizer=2 * _bytes(trained, asked) + 4 * len(trained),
+        parameters=bytes_of(model.parameters(), asked),
+        buffers=bytes_of(model.buffers(), None),
+        gradients=bytes_of(trained, asked),
+        optimizer=2 * bytes_of(trained, asked) + 4 * len(trained),
         kv_cache=0 if training else _cache(model, tokens, e),
         logits=_logits(model, batch_size, sequence_length, e, training, logits_to_keep),
         activations=(recomputed if recompute else kept) if training else running,
@@ -149,13 +149,6 @@ def _built(given: object) -> PreTrainedModel:
         found = model_class(given.model_type, "base")
     with torch.device("meta"):
         return found(given)
-
-
-def _bytes(tensors: Iterable[Tensor], dtype: torch.dtype | None) -> int:
-    total = 0
-    for t in tensors:
-        total += t.numel() * (dtype if dtype and t.is_floating_point() else t.dtype).itemsize
-    return total
 
 
 def _cache(model: PreTrainedModel, tokens: int, e: int) -> int:

@@ -172,6 +172,10 @@ class PreTrainedModel(
         """The body without a head; itself for a body."""
         return getattr(self, self.base_model_prefix, self)
 
+    def get_decoder(self) -> nn.Module:
+        """The body, under the name that code for encoder-decoders uses."""
+        return self.base_model
+
     @property
     def device(self) -> torch.device:
         """The device of the first parameter."""

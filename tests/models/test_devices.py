@@ -33,11 +33,11 @@ GPUS = [torch.device("lazy", 0), torch.device("lazy", 1)]
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def build(**changes: Any) -> LlamaForCausalLM:
+def build(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
 
 
-def on_meta(**changes: Any) -> LlamaForCausalLM:
+def on_meta(**changes: Any) -> Any:
     with torch.device("meta"):
         return build(**changes)
 
@@ -92,6 +92,13 @@ def test_every_parameter_is_where_the_dict_says(saved: Path) -> None:
     assert model.hf_device_map == {"": "cpu", "model.layers.2": "meta", "lm_head.weight": "meta"}
     hidden = model.model.layers[0].input_layernorm.weight
     assert hidden.device == CPU and model.device == CPU
+
+
+def test_angles_are_made_where_the_inputs_are() -> None:
+    found = place(on_meta(), {"model.embed_tokens": "cpu", "": "meta"})
+    assert found.main == CPU == found.device_of("model.rotary_emb.inv_freq")
+    asked = {"model.embed_tokens": "cpu", "": "meta", "model.rotary_emb": "meta"}
+    assert place(on_meta(), asked).device_of("model.rotary_emb.inv_freq") == META
 
 
 def test_weights_are_read_to_their_device(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

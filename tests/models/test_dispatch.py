@@ -25,9 +25,14 @@ from swathe.kernels.core.registry import register_backend, registered
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.dispatch import dispatch_model
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from swathe.modeling.families.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 from swathe.modeling.generation import generate
 from swathe.modeling.generation.prompt import Prompt
+from swathe.modeling.outputs import CausalLMOutputWithPast
 from swathe.modeling.policy import OPS
 
 TINY: dict[str, Any] = {
@@ -51,7 +56,7 @@ SPREAD: dict[str, Any] = {
 }
 
 
-def build(**changes: Any) -> LlamaForCausalLM:
+def build(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
 
 
@@ -88,7 +93,18 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_forward_over_three_devices(lazy: None, tied: bool) -> None:
+def test_forward_over_three_devices(
+    lazy: None, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Tensor.__setitem__
+
+    def setitem(self: Tensor, index: Any, value: Any) -> None:
+        # a GPU takes indices of its own or of the CPU; fake tensors take any
+        given = index if isinstance(index, tuple) else (index,)
+        assert {i.device for i in given if isinstance(i, Tensor)} <= {self.device}
+        original(self, index, value)
+
+    monkeypatch.setattr(Tensor, "__setitem__", setitem)
     model = build(kernels="eager", tie_word_embeddings=tied)
     model = dispatch_model(model, {**SPREAD, **({"lm_head": GPUS[0]} if tied else {})})
     assert {p.device for p in model.parameters()} == {*GPUS, CPU}
@@ -175,8 +191,13 @@ def test_a_boundary_costs_one_copy_of_mask_and_angles(
     mask = torch.ones(2, 1, 7, 7, dtype=torch.bool)
     with torch.no_grad():
         model(tokens(), attention_mask=mask, use_cache=False)
-    # hidden, residual, cos, sin, and the mask; not once a layer
-    assert len(copies) == 5
+        # hidden, residual, cos, sin, and the mask; not once a layer
+        assert len(copies) == 5
+        model(tokens(), attention_mask=mask, use_cache=False)
+        assert len(copies) == 10, "what is in the mask may have changed since"
+    (start,) = model._forward_pre_hooks.values()
+    del mask
+    assert len(start.moves.made) == 0, "copies live no longer than their originals"
 
 
 def test_real_values_pass_the_hooks(saved: Path) -> None:
@@ -244,3 +265,27 @@ def test_moving_keeps_parameters_and_ties() -> None:
     dispatch_model(model, "cpu")
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+class Classifier(LlamaPreTrainedModel):
+    """A head without head_path, which looks at the ids before it calls a module."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, 2, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutputWithPast:
+        hidden = self.model(input_ids).last_hidden_state
+        logits = self.score((hidden * (input_ids != 0)[..., None]).mean(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_other_heads_read_the_last_state_beside_the_ids(lazy: None) -> None:
+    where = {**SPREAD, "score": "cpu"}
+    del where["lm_head"]
+    model = dispatch_model(Classifier(LlamaConfig(**TINY, kernels="eager")).eval(), where)
+    labels = torch.zeros(2, dtype=torch.long)
+    for out in (model(tokens(), labels=labels), model(tokens().to(GPUS[1]), labels.to(GPUS[1]))):
+        assert out.logits.device == out.loss.device == GPUS[0]

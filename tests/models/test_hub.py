@@ -193,7 +193,7 @@ def test_tags_make_a_card(repository: Hub) -> None:
     assert model.model_tags == ["mine", "tiny"]
     assert build().model_tags is None, "tags belong to one model"
     model.push_to_hub("tiny", tags=["llama", "tiny"])
-    card = huggingface_hub.ModelCard(repository.uploaded["README.md"].decode())
+    card: Any = huggingface_hub.ModelCard(repository.uploaded["README.md"].decode())
     assert card.data.tags == ["mine", "tiny", "llama"]
     assert card.data.library_name == "swathe"
 
@@ -203,7 +203,7 @@ def test_tags_join_the_card_that_is_there(repository: Hub, monkeypatch: pytest.M
     card = huggingface_hub.ModelCard(repository.readme)
     monkeypatch.setattr(huggingface_hub.ModelCard, "load", lambda repo_id, token=None: card)
     build().push_to_hub("tiny", tags=["mine", "theirs"])
-    again = huggingface_hub.ModelCard(repository.uploaded["README.md"].decode())
+    again: Any = huggingface_hub.ModelCard(repository.uploaded["README.md"].decode())
     assert again.data.tags == ["theirs", "mine"] and again.data.license == "mit"
     assert "# A model" in again.content
 

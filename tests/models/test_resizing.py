@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from swathe.modeling.families.bert.configuration_bert import BertConfig
+from swathe.modeling.families.bert.modeling_bert import BertForMaskedLM, BertModel
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from swathe.modeling.model import PreTrainedModel
@@ -128,7 +130,7 @@ def test_without_arguments_nothing_happens() -> None:
     assert model.resize_token_embeddings() is model.model.embed_tokens
     assert model.resize_report is None
     model.resize_token_embeddings(99)
-    assert model.resize_report.replaced == {}
+    assert str(model.resize_report) == "resized from 99 to 99"
 
 
 @pytest.mark.parametrize(
@@ -256,3 +258,27 @@ def test_rotary_models_have_no_table() -> None:
     for call in (body.get_position_embeddings, lambda: body.resize_position_embeddings(9)):
         with pytest.raises(NotImplementedError, match=r"set config\.max_position"):
             call()
+
+
+BERT = {**TINY, "max_position_embeddings": 5}
+del BERT["num_key_value_heads"]
+
+
+@pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM])
+def test_bert_reads_longer_texts_afterwards(cls: Any) -> None:
+    model = cls(BertConfig(**BERT)).eval()
+    with pytest.raises(ValueError, match="max_position_embeddings=5"):
+        model(ids())
+    short = model(ids()[:, :5])[0]
+    model.resize_position_embeddings(7)
+    assert model(ids())[0].shape[:2] == (2, 7)
+    assert torch.equal(model(ids()[:, :5])[0], short)
+
+
+def test_a_tied_bias_of_bert_stays_tied() -> None:
+    model: Any = BertForMaskedLM(BertConfig(**BERT)).eval()
+    model.resize_token_embeddings(120)
+    head = model.cls.predictions
+    assert head.decoder.bias is head.bias and head.bias.shape == (120,)
+    assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert model(ids(120)[:, :5]).logits.shape == (2, 5, 120)

@@ -92,6 +92,11 @@ def test_gradients_reach_an_adapter_over_frozen_embeddings(recompute: bool) -> N
     assert not model.model.embed_tokens._forward_hooks
 
 
+def test_the_decoder_is_the_body() -> None:
+    model = build()
+    assert model.get_decoder() is model.model is model.model.get_decoder()
+
+
 def test_dummy_inputs_run() -> None:
     for vocab_size in (99, 3):
         model = build(vocab_size=vocab_size)

@@ -49,6 +49,7 @@ class BertPreTrainedModel(PreTrainedModel):
     config_class: ClassVar[type[PreTrainedConfig]] = BertConfig
     base_model_prefix: ClassVar[str] = "bert"
     embed_path: ClassVar[str] = "bert.embeddings.word_embeddings"
+    position_embed_path: ClassVar[str] = "bert.embeddings.position_embeddings"
     _no_split_modules: ClassVar[tuple[str, ...]] = ("BertEmbeddings", "BertLayer")
     # in the body by name, but masked language models are saved without one
     _head_parts: ClassVar[tuple[str, ...]] = (r"(^|\.)pooler\.",)
@@ -79,6 +80,7 @@ class BertModel(BertPreTrainedModel):
     """The body: token ids to hidden states, and with a pooler to one vector a sequence."""
 
     embed_path: ClassVar[str] = "embeddings.word_embeddings"
+    position_embed_path: ClassVar[str] = "embeddings.position_embeddings"
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
