@@ -243,7 +243,12 @@ def _require_finite(value: Tensor, stored: Tensor, info: TensorInfo) -> None:
 
 
 def _is_finite(value: Tensor) -> bool:
-    low, high = torch.aminmax(value.detach())  # NaN goes through both
+    value = value.detach()
+    # a finite sum has no NaN and no infinity in it; it is several times quicker than extremes
+    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+    if torch.isfinite(total):
+        return True
+    low, high = torch.aminmax(value)  # NaN goes through both
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 

@@ -206,6 +206,20 @@ def test_real_weights_a_few_tokens(smollm2: Path) -> None:
     assert len(found[2]) == 3 and found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["The capital of France is", "def fibonacci(n):", "In 1969,"])
+def test_real_weights_give_theirs_tokens(smollm2: Path, prompt: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = torch.tensor([AutoTokenizer.from_pretrained(smollm2)(prompt).input_ids])
+    options = {"max_new_tokens": 64, "do_sample": False}
+    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **options)
+    ours = swathe.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, progress=False)
+    assert torch.equal(ours.generate(ids, eos_token_id=[], **options), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_real_weights_many_tokens(smollm2: Path) -> None:
