@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from swathe.kernels.core.registry import AUTO, Choice, on_change
 from swathe.kernels.rotary.api import resolve_rotary
 from swathe.modeling.devices import Placement, place
-from swathe.modeling.layers.embedding import Rotation
+from swathe.modeling.layers.embedding import RotaryEmbedding, Rotation
 
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
@@ -107,6 +107,9 @@ def attach(model: Model, placement: Placement) -> Model:
     model.hf_device_map = placement.as_hf()
     if len(placement.devices()) < 2:
         return model
+    for angles in (m for m in model.modules() if isinstance(m, RotaryEmbedding)):
+        for device in placement.devices():  # a backend that cannot serve says so now
+            _rotary_on(device, angles.choice.asked, model.dtype, angles.head_dim)
     moves = _Moves()
     head = model.get_output_embeddings()
     labels = list((model if head is None else head).parameters())[-1].device

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import swathe
 import swathe.kernels.linear_cross_entropy.api
+from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import register_backend, registered
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.dispatch import dispatch_model
@@ -224,6 +225,14 @@ def test_kernels_are_chosen_for_each_device(saved: Path) -> None:
         k: v for k, v in used.items() if k != "model.norm"
     }
     assert used["model.norm"] == "eager", "meta is served by eager only"
+
+
+def test_a_backend_that_cannot_turn_angles_is_refused_at_once(lazy: None) -> None:
+    model = build(kernels="eager")
+    model.to(CPU).set_kernels(rope="triton")
+    asked = {"": CPU, "model.layers.2": GPUS[0], "model.norm": GPUS[0], "lm_head": GPUS[0]}
+    with pytest.raises(UnsupportedFeature, match="rotary: backend 'triton' cannot serve"):
+        dispatch_model(model, asked)
 
 
 def test_a_model_on_several_devices_is_not_gathered(saved: Path) -> None:
