@@ -69,13 +69,21 @@ class DecoderLayer(nn.Module):
         else:
             normed, stream = self.input_layernorm(hidden_states, residual)
         attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
-        normed, stream = self.post_attention_layernorm(attended, stream)
+        normed, stream = self.add(attended, stream)
         out, routed = self.feed_forward(normed)
-        return out, stream, weights, routed
+        return self.finish(out), stream, weights, routed
+
+    def add(self, attended: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention's output on the stream: what the MLP reads, and the stream."""
+        return self.post_attention_layernorm(attended, stream)
 
     def feed_forward(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """The MLP's output, and where it is a mixture of experts its router's logits."""
         return self.mlp(normed), None
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The MLP's output as it goes onto the stream."""
+        return out
 
 
 class SandwichLayer(DecoderLayer):
@@ -91,25 +99,13 @@ class SandwichLayer(DecoderLayer):
         """Gemma's: 1 + weight, rounded once."""
         return RMSNorm(config.hidden_size, config.rms_norm_eps, offset=1.0, casting="gemma")
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor | None,
-        rotation: Rotation,
-        mask: Mask,
-        cache: DynamicCache | StaticCache | None = None,
-        output_attentions: bool = False,
-    ) -> LayerOutput:
-        """The stream after this layer, attention weights where asked for, and router logits."""
-        if residual is None:
-            normed, stream = self.input_layernorm(hidden_states), hidden_states
-        else:
-            normed, stream = self.input_layernorm(hidden_states, residual)
-        attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
-        attended = self.post_attention_layernorm(attended)
-        normed, stream = self.pre_feedforward_layernorm(attended, stream)
-        out, routed = self.feed_forward(normed)
-        return self.post_feedforward_layernorm(out), stream, weights, routed
+    def add(self, attended: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention's output, normed, on the stream: what the MLP reads, and the stream."""
+        return self.pre_feedforward_layernorm(self.post_attention_layernorm(attended), stream)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The MLP's output, normed."""
+        return self.post_feedforward_layernorm(out)
 
 
 def run_layer(layer: Any, *arguments: Any) -> LayerOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.families import ATTENTION, FAMILIES, pair, tokens
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, model_class
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.errors import ConfigError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -277,3 +279,56 @@ def test_router_logits_and_the_balancing_loss(family: str) -> None:
     for mine, other in zip(out.router_logits, expected.router_logits, strict=True):
         torch.testing.assert_close(mine[real], other.view_as(mine)[real], **CLOSE)
     assert model(ids).router_logits is None
+
+
+def test_phi3_drops_what_theirs_drops() -> None:
+    theirs, model = pair("phi3", resid_pdrop=0.3)
+    logits = []
+    for each in (theirs.train(), model.train()):
+        torch.manual_seed(3)
+        logits.append(each(tokens()).logits)
+    torch.testing.assert_close(*logits, **CLOSE)
+    assert not torch.allclose(logits[0], theirs.eval()(tokens()).logits, atol=0.1)
+
+
+def test_gemma3_reads_the_spelling_of_older_files() -> None:
+    config_class = model_class("gemma3_text", "config")
+    old = {
+        "rope_theta": 5e5,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 3,
+        "num_hidden_layers": 6,
+    }
+    config = config_class.from_dict(old)
+    theirs = transformers.Gemma3TextConfig(**old)
+    assert config.layer_types == theirs.layer_types and config.rope_theta == 5e5
+    assert config.rope_parameters == {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+    }
+    changed = config.replace(rope_theta=1e4)
+    assert changed.rope_theta == 1e4
+    assert changed.rope_parameters["sliding_attention"]["rope_theta"] == 2e4
+    with pytest.raises(ConfigError, match="sliding_window_pattern=0; it must be"):
+        config_class(sliding_window_pattern=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "message"),
+    [
+        ("gemma2", {"layer_types": ["sliding_atention"] * 26}, r"did you mean 'sliding_attention'"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "has 1 entries for num_hidden_layers=26"),
+        ("gemma2", {"sliding_window": None}, "sliding_window=None, but layer_types has"),
+        ("gemma", {"use_bidirectional_attention": True}, "True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 30.0}, "the only value allowed is None"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0 is out of range"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 with 8 experts"),
+        ("phi3", {"resid_pdrop": 2.0}, "resid_pdrop=2.0 is out of range"),
+    ],
+)
+def test_configurations_that_no_model_has(
+    family: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model_class(family, "config")(**values)

@@ -7,16 +7,13 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swathe.kernels.attention.api import Mask
-from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.families.phi3.configuration_phi3 import Phi3Config
 from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.attention import SelfAttention
-from swathe.modeling.layers.decoder import DecoderLayer, LayerOutput
-from swathe.modeling.layers.embedding import Rotation
+from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.mlp import PackedMLP
 
 
@@ -55,23 +52,13 @@ class Phi3DecoderLayer(DecoderLayer):
         """The MLP with packed projections."""
         return PackedMLP(config.hidden_size, config.intermediate_size, config.activation)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor | None,
-        rotation: Rotation,
-        mask: Mask,
-        cache: DynamicCache | StaticCache | None = None,
-        output_attentions: bool = False,
-    ) -> LayerOutput:
-        """The stream after this layer, attention weights where asked for, no router logits."""
-        if residual is None:
-            normed, stream = self.input_layernorm(hidden_states), hidden_states
-        else:
-            normed, stream = self.input_layernorm(hidden_states, residual)
-        attended, weights = self.self_attn(normed, rotation, mask, cache, output_attentions)
-        normed, stream = self.post_attention_layernorm(self._dropped(attended), stream)
-        return self._dropped(self.mlp(normed)), stream, weights, None
+    def add(self, attended: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention's output, of which some may be dropped, on the stream."""
+        return super().add(self._dropped(attended), stream)
+
+    def finish(self, out: Tensor) -> Tensor:
+        """The MLP's output, of which some may be dropped."""
+        return self._dropped(out)
 
     def _dropped(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.resid_pdrop, self.training) if self.resid_pdrop else x
