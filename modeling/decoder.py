@@ -18,6 +18,7 @@ from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
+from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import (
     check_cache,
     checked_embeddings,
@@ -143,6 +144,7 @@ class DecoderModel(DecoderPreTrainedModel):
         found.states = (*states, found.hidden) if with_states else None
         return found
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -198,6 +200,7 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.model = self.body_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import wants
 from swathe.modeling.losses import (
     question_answering_loss,
@@ -60,6 +61,7 @@ class ForSequenceClassification(BodyWithHead):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -119,6 +121,7 @@ class ForTokenClassification(BodyWithHead):
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -165,6 +168,7 @@ class ForQuestionAnswering(BodyWithHead):
         super().__init__(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -13,6 +13,7 @@ from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.config_fields import Range
 from swathe.modeling.decoder import CausalLM, DecoderModel
 from swathe.modeling.decoder_config import DecoderConfig
+from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.forward import wants
 from swathe.modeling.layers.decoder import DecoderLayer
@@ -72,6 +73,7 @@ class MoeModel(DecoderModel):
 
     layer_class: ClassVar[type[DecoderLayer]] = MoeLayer
 
+    @auto_docstring
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -117,6 +119,7 @@ class MoeCausalLM(CausalLM):
 
     config: Any
 
+    @auto_docstring
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,

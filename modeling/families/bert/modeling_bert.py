@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from swathe.kernels.attention.api import Mask
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.modeling.config import PreTrainedConfig
+from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.families.bert.encoder_bert import BertEmbeddings, BertEncoder, BertPooler
@@ -88,6 +89,7 @@ class BertModel(BertPreTrainedModel):
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -188,6 +190,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         self.cls.predictions.bias = module.bias
         super().set_output_embeddings(module)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -253,6 +256,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         self.dropout = nn.Dropout(_head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -302,6 +306,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         self.dropout = nn.Dropout(_head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -351,6 +356,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         self.bert = BertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
+    @auto_docstring
     def forward(
         self,
         input_ids: Tensor | None = None,
