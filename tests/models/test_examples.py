@@ -1,4 +1,4 @@
-"""The example models: the guide's recipes as they work here, and transformers' numbers."""
+"""The example models: the guide's recipes as they work here; MyNewModel beside Llama."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 import swathe
+from support.examples import (
+    CLOSE,
+    IDS,
+    PADDED,
+    RIGHT,
+    TINY,
+    assert_same_loss_and_gradients,
+    llama_pair,
+)
 from swathe.modeling import examples
 from swathe.modeling.auto import model_types
 from swathe.modeling.config import PreTrainedConfig
@@ -25,63 +34,15 @@ from swathe.modeling.examples.my_new_model import (
     MyNewModelForSequenceClassification,
     MyNewModelModel,
 )
+from swathe.modeling.examples.my_new_model_2 import MyNewModel2Config, MyNewModel2Model
 from swathe.modeling.layers.norm import RMSNorm
 
 ROOT = Path(__file__).parents[2]
-TINY: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 37,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-IDS = torch.randint(1, 99, (3, 9), generator=torch.Generator().manual_seed(1))
-RIGHT = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [1] * 8 + [0]])
-PADDED = IDS * RIGHT
 
 
 @pytest.fixture
 def empty_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swathe.modeling.auto._registered", {})
-
-
-def randomise_vectors(model: nn.Module) -> None:
-    """Other values for norms and biases, which both begin with ones that hide mistakes."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-
-
-def llama_pair(kind: str, attn: str = "eager", **changes: Any) -> tuple[Any, Any]:
-    """(transformers' Llama with MLP biases, MyNewModel) with the same weights in eval mode."""
-    torch.manual_seed(0)
-    values = {**TINY, "mlp_bias": True, **changes}
-    theirs = getattr(transformers, f"Llama{kind}")(
-        transformers.LlamaConfig(**values, attn_implementation="eager")
-    ).eval()
-    randomise_vectors(theirs)
-    config = MyNewModelConfig(**{**TINY, **changes}, attn_implementation=attn)
-    model = getattr(my_new_model, f"MyNewModel{kind}")(config).eval()
-    model.load_state_dict(theirs.state_dict(), strict=True)
-    return theirs, model
-
-
-def assert_same_loss_and_gradients(theirs: Any, model: Any, **inputs: Tensor) -> None:
-    expected, out = theirs.train()(**inputs), model.train()(**inputs)
-    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
-    torch.testing.assert_close(out.loss, expected.loss, **CLOSE)
-    expected.loss.backward()
-    out.loss.backward()
-    other = dict(theirs.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        torch.testing.assert_close(parameter.grad, other[name].grad, atol=1e-5, rtol=1e-5)
 
 
 def test_importing_registers_nothing() -> None:
@@ -127,13 +88,13 @@ def test_config_of_the_guide_goes_round(tmp_path: Path) -> None:
 
 
 def test_plans_are_transformers() -> None:
-    for config in (MyNewModelConfig,):
+    for config in (MyNewModelConfig, MyNewModel2Config):
         assert config.base_model_tp_plan == transformers.LlamaConfig.base_model_tp_plan
         assert config.base_model_pp_plan == transformers.LlamaConfig.base_model_pp_plan
         assert config.keys_to_ignore_at_inference == ["past_key_values"]
 
 
-@pytest.mark.parametrize("model_class", [MyNewModelModel])
+@pytest.mark.parametrize("model_class", [MyNewModelModel, MyNewModel2Model])
 def test_plans_name_modules_that_exist(model_class: Any) -> None:
     model = model_class(model_class.config_class(**TINY))
     tp, pp = model.config.base_model_tp_plan, model.config.base_model_pp_plan
