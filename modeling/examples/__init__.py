@@ -16,7 +16,7 @@ A model is a package of two files named after its model_type:
 4. The name. `swathe.register_model` makes the Auto classes find it. The examples do so in their
    `register()`, once, when it is called; importing them changes nothing.
 
-my_new_model       Llama's computation with biases in the MLP, a field and rules of its own
+my_new_model       Llama's computation with biases in the MLP; fields, rules and a module of its own
 my_new_model_2     Llama's configuration under Gemma's computation: norms by 1 + weight, embeddings
                    times sqrt(hidden_size)
 

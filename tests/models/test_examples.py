@@ -85,13 +85,14 @@ def test_config_of_the_guide_goes_round(tmp_path: Path) -> None:
         assert MyNewModelConfig.from_dict(each.to_dict()) == each
     stored = json.loads((tmp_path / "config.json").read_text())
     assert (stored["model_type"], stored["new_param"]) == ("my_new_model", 7)
+    assert MyNewModelConfig.from_pretrained(tmp_path, new_param=8).new_param == 8
 
 
-def test_plans_are_transformers() -> None:
-    for config in (MyNewModelConfig, MyNewModel2Config):
-        assert config.base_model_tp_plan == transformers.LlamaConfig.base_model_tp_plan
-        assert config.base_model_pp_plan == transformers.LlamaConfig.base_model_pp_plan
-        assert config.keys_to_ignore_at_inference == ["past_key_values"]
+@pytest.mark.parametrize("config", [MyNewModelConfig, MyNewModel2Config])
+def test_plans_are_those_of_transformers(config: Any) -> None:
+    assert config.base_model_tp_plan == transformers.LlamaConfig.base_model_tp_plan
+    assert config.base_model_pp_plan == transformers.LlamaConfig.base_model_pp_plan
+    assert config.keys_to_ignore_at_inference == ["past_key_values"]
 
 
 @pytest.mark.parametrize("model_class", [MyNewModelModel, MyNewModel2Model])
@@ -108,6 +109,7 @@ def test_plans_name_modules_that_exist(model_class: Any) -> None:
     [
         ({"new_parm": 1}, "did you mean 'new_param'"),
         ({"new_param": "many"}, "new_param"),
+        ({"classifier_dropout": 1.5}, "classifier_dropout"),
         ({"hidden_size": 33}, "hidden_size=33 is not a multiple of num_attention_heads=4"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple"),
     ],
@@ -149,6 +151,37 @@ def test_classifier_equals_llama(problem: str) -> None:
     out = model(**inputs)
     as_tuple = model(**inputs, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], out.logits)
+
+
+def test_dropout_before_the_classifier() -> None:
+    config = MyNewModelConfig(**TINY, classifier_dropout=0.5)
+    model = MyNewModelForSequenceClassification(config).train()
+    seen: list[torch.Tensor] = []
+    model.score.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.manual_seed(1)
+    logits = model(PADDED, attention_mask=RIGHT).logits
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(seen[0], 0.5)
+    assert (dropped == 0).any()
+    assert torch.equal(logits, dropped @ model.score.weight.T)
+    logits = model.eval()(PADDED, attention_mask=RIGHT).logits
+    torch.testing.assert_close(logits, seen[1] @ model.score.weight.T)
+
+
+def test_backends_switch_and_states_are_recomputed() -> None:
+    _, model = llama_pair("ForCausalLM")
+    expected = model(IDS).logits
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(IDS).logits, expected, **CLOSE)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    assert model.is_gradient_checkpointing
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_forward_names_an_argument_that_it_does_not_take() -> None:

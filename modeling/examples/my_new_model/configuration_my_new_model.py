@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from swathe.modeling.config_fields import Range
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 
 
@@ -12,10 +13,13 @@ class MyNewModelConfig(LlamaConfig):
 
     The plans that say how a model is split over devices, `base_model_tp_plan` and
     `base_model_pp_plan`, are the decoders'; a model with other modules states its own.
-    `new_param` shows how a field is added: config.json has it, no computation reads it.
+    `classifier_dropout` is the rate of dropout before the classifier of sequences. `new_param` is
+    the least that a field can be: config.json has it, no computation reads it.
     """
 
     model_type: ClassVar[str] = "my_new_model"
+    ranges: ClassVar[dict[str, Range]] = {"classifier_dropout": (0, 1)}
 
     mlp_bias: bool = True
     new_param: int = 0
+    classifier_dropout: float = 0.0

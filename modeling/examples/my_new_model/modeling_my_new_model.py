@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder import CausalLM, DecoderModel, DecoderPreTrainedModel
@@ -46,7 +46,26 @@ class MyNewModelForCausalLM(MyNewModelPreTrainedModel, CausalLM):
     body_class: ClassVar[type[DecoderModel]] = MyNewModelModel
 
 
+class DropoutLinear(nn.Linear):
+    """A linear layer behind dropout, stored as a linear layer is."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, rate: float) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.rate = rate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return super().forward(nn.functional.dropout(input, self.rate, self.training))
+
+
 class MyNewModelForSequenceClassification(ForSequenceClassification, MyNewModelPreTrainedModel):
     """The body and a classifier of sequences, on the last real token of each."""
 
     body_class = MyNewModelModel
+
+    def __init__(self, config: MyNewModelConfig) -> None:
+        super().__init__(config)
+        # a module of one's own takes the place of the head's, under the name in the checkpoint
+        self.score = DropoutLinear(
+            config.hidden_size, config.num_labels, False, config.classifier_dropout
+        )
