@@ -44,7 +44,9 @@ def prepare_inputs(
     """
     for _, samples in parts:
         if isinstance(samples, str | bytes):
-            raise TypeError(f"samples are {samples!r}; give a list of samples, even of one")
+            raise TypeError(
+                f"samples are one {type(samples).__name__}; give a list of samples, even of one"
+            )
     counts = [len(samples) for _, samples in parts]
     if len(set(counts)) > 1:
         raise ValueError(

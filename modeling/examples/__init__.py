@@ -12,7 +12,8 @@ A model is a package of two files named after its model_type:
    configuration's class and how parameters are initialised, and a body from it and DecoderModel.
    Replace only what differs: `make_embedding`, `layer_class`, and of a layer `make_attention`,
    `make_mlp`, `make_norm`, `forward`. Names of modules are names in the checkpoint.
-3. The heads. CausalLM and the classes of modeling/heads.py take the body as `body_class`.
+3. The heads. CausalLM, and the classes of modeling/heads.py written first among the bases, take the
+   body as `body_class`. A module made after `super().__init__` takes the place of theirs.
 4. The name. `swathe.register_model` makes the Auto classes find it. The examples do so in their
    `register()`, once, when it is called; importing them changes nothing.
 

@@ -136,7 +136,7 @@ def test_what_has_no_batch_or_no_tensor_passes() -> None:
     given = {
         "position_ids": torch.arange(3)[None],
         "cu_seq_lens_q": torch.tensor([0, 3]),
-        "num_items_in_batch": torch.tensor(6),
+        "num_items_in_batch": torch.tensor(6, device="meta"),
         "pixel_values": torch.rand(3, 3).half(),
         "labels": torch.rand(3),
         "use_cache": False,
@@ -147,10 +147,11 @@ def test_what_has_no_batch_or_no_tensor_passes() -> None:
     assert all(merged[key] is value for key, value in given.items())
 
 
-@pytest.mark.parametrize("main", ["pixel_values", "use_cache"])
+@pytest.mark.parametrize("main", ["pixel_values", "use_cache", "number"])
 def test_the_main_input_must_be_there(main: str) -> None:
-    with pytest.raises(ValueError, match=rf"main='{main}' must name .* \['input_ids', 'use_cache'"):
-        merge_model_inputs({"input_ids": IDS, "use_cache": True}, main=main)
+    given = {"input_ids": IDS, "number": torch.tensor(1), "use_cache": True}
+    with pytest.raises(ValueError, match=rf"main='{main}' must name .* \['input_ids', 'number'"):
+        merge_model_inputs(given, main=main)
     images = {"pixel_values": torch.rand(2, 3)}
     assert merge_model_inputs(images, main="pixel_values") == images
 
@@ -158,5 +159,5 @@ def test_the_main_input_must_be_there(main: str) -> None:
 def test_samples_must_be_as_many() -> None:
     with pytest.raises(ValueError, match=r"given \[3, 1\] samples"):
         prepare_inputs((tokenizer(), TEXTS), (pictures, [torch.rand(3, 4, 5)]))
-    with pytest.raises(TypeError, match="samples are 'a cat'; give a list"):
+    with pytest.raises(TypeError, match="samples are one str; give a list"):
         prepare_inputs((tokenizer(), "a cat"))
