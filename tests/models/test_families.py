@@ -197,7 +197,7 @@ def test_gradient_checkpointing_is_bitwise_equal(family: str) -> None:
 def test_compiles_in_one_graph(family: str) -> None:
     _, model = pair(family, num_hidden_layers=2)
     torch.compiler.reset()
-    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model.model, backend="aot_eager", fullgraph=True, dynamic=True)
     for length in (11, 13):
         ids = tokens(2, length)
         found = compiled(ids, use_cache=False).last_hidden_state
