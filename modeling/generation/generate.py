@@ -8,36 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.generation.options import (
+    check_cache,
+    check_counts,
+    chooser,
+    refuse_unknown,
+)
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
-from swathe.modeling.generation.sampling import NEVER, check_options, greedy, sample
+from swathe.modeling.generation.repetition import RepetitionPenalty, check_penalty
+from swathe.modeling.generation.sampling import NEVER
 from swathe.modeling.generation.streamer import Streamer
 from swathe.modeling.outputs import ModelOutput
 
 # steps between two looks at whether every row has ended; a look waits for the device
 POLL, POLL_OTHERWISE = {"cpu": 1}, 8
-_OPTIONS = (
-    "input_ids", "attention_mask", "max_new_tokens", "min_new_tokens", "do_sample", "temperature",
-    "top_k", "top_p", "eos_token_id", "pad_token_id", "streamer", "generator", "return_dict",
-    "cache_implementation",
-)  # fmt: skip
-_CACHES = (None, "dynamic", "static")
-_SAMPLING = ("temperature", "top_k", "top_p", "generator")
-_ELSEWHERE = {
-    "max_length": "give max_new_tokens, which does not count the prompt",
-    "num_beams": "beam search is transformers' own: use it there",
-    "return_dict_in_generate": "the option is return_dict here",
-    "inputs": "it is called input_ids",
-    "token_type_ids": "decoders do not read it: leave it out",
-    "inputs_embeds": "generation starts from input_ids",
-}
 
 
 @dataclass
@@ -64,6 +54,8 @@ class GenerationMixin:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         streamer: Streamer | None = None,
@@ -77,27 +69,30 @@ class GenerationMixin:
         `attention_mask` (B, T) is 0 on padding, which must be on the left. A row ends with any of
         `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
         model's generation_config, then config, padding finally to the first EOS. Nothing
-        else is taken from a file. `temperature`, `top_k`, `top_p` and `generator` (on the logits'
-        device) apply with do_sample=True. `streamer` gets the prompt, then each step's tokens.
-        `cache_implementation` is "dynamic", which grows, or "static", which has its room at once.
+        else is taken from a file. `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the
+        logits' device) apply with do_sample=True; `repetition_penalty` always, to the tokens of
+        the prompt without its padding and to new ones. `streamer` gets the prompt, then each
+        step's tokens. `cache_implementation` is "dynamic", which grows, or "static", which has its
+        room at once.
 
         Raises TypeError for unknown options and wrong dtypes, ValueError for values out of range.
         """
         if unknown:
-            _refuse_unknown(next(iter(unknown)))
-        _check_counts(max_new_tokens, min_new_tokens)
+            refuse_unknown(next(iter(unknown)))
+        check_counts(max_new_tokens, min_new_tokens)
+        check_penalty(repetition_penalty)
+        check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
-        options = (temperature, top_k, top_p, generator)
-        _check_sampling(do_sample, options, prompt.ids.device)
-        choose = partial(
-            sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
-        if cache_implementation not in _CACHES:
-            raise ValueError(f"cache_implementation={cache_implementation!r}; allowed: {_CACHES}")
+        choose = chooser(
+            do_sample, prompt.ids.device, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, generator=generator,
+        )  # fmt: skip
         static = cache_implementation == "static"
         run = _Run(self, prompt, special, max_new_tokens, streamer, static)
-        sequences = run.all_tokens(choose if do_sample else greedy, min_new_tokens)
+        if repetition_penalty != 1.0:
+            run.penalty = RepetitionPenalty(repetition_penalty, prompt)
+        sequences = run.all_tokens(choose, min_new_tokens)
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
 
@@ -116,6 +111,7 @@ class _Run:
         B, T = prompt.ids.shape
         device = prompt.ids.device
         self.model, self.prompt, self.special, self.streamer = model, prompt, special, streamer
+        self.penalty: RepetitionPenalty | None = None
         room = T + max_new_tokens
         self.cache = StaticCache(model.config, room) if static else DynamicCache()
         self.start = self.length = T
@@ -138,9 +134,14 @@ class _Run:
             self.streamer.put(self.prompt.ids.cpu())
         logits = self._forward(0)
         while True:
+            if self.penalty is not None:
+                logits = self.penalty(logits)
             if self.length - self.start < min_new_tokens and self.special.eos is not None:
                 logits = logits.index_fill(-1, self.special.eos, NEVER)
-            self._append(choose(logits))
+            token = choose(logits)
+            if self.penalty is not None:
+                self.penalty.add(token)
+            self._append(token)
             if self.length == self.sequences.shape[1] or self._all_ended():
                 return self._finish()
             logits = self._forward(self.length - 1)
@@ -185,40 +186,3 @@ class _Run:
         if self.special.eos is not None and self.poll > 1:
             self.length = int(self.lengths.max())
         return self.sequences[:, : self.length].contiguous()
-
-
-def _check_counts(max_new_tokens: Any, min_new_tokens: Any) -> None:
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; give a whole number of at least 1")
-    if type(min_new_tokens) is not int or not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens is {min_new_tokens!r}; give a whole number from 0 to "
-            f"max_new_tokens={max_new_tokens}"
-        )
-
-
-def _check_sampling(
-    do_sample: bool,
-    options: tuple[float, int | None, float | None, torch.Generator | None],
-    device: torch.device,
-) -> None:
-    generator = options[3]
-    if not do_sample and options != (1.0, None, None, None):
-        raise ValueError(
-            f"{', '.join(_SAMPLING)} choose how to sample, but do_sample is False, so they would "
-            "do nothing; pass do_sample=True or leave them out"
-        )
-    check_options(*options[:3])
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(
-            f"generator is on {generator.device}, the logits on {device}; use "
-            f"torch.Generator({device.type!r})"
-        )
-
-
-def _refuse_unknown(name: str) -> None:
-    hint = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else did_you_mean(name, _OPTIONS)
-    raise TypeError(
-        f"generate has no option {name!r}{hint}; it has {', '.join(_OPTIONS)}. For "
-        "everything else use transformers' generate"
-    )

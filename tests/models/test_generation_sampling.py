@@ -1,0 +1,83 @@
+"""Sampling: the filters are transformers', the draws follow the filtered softmax, seeds repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from support.generating import Counter, V, ids
+from swathe.modeling.generation.sampling import filtered, sample
+
+Filters = tuple[float, int | None, float | None, float | None]
+FILTERS: list[Filters] = [
+    (1.0, None, None, None), (0.7, 5, None, None), (1.3, None, 0.8, None), (0.9, 20, 0.6, None),
+    (1.0, 99, 1.0, 0.0), (1.5, None, None, 0.1), (0.8, 9, None, 0.3), (2.0, 30, 0.9, 0.05),
+    (1.0, None, 0.7, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FILTERS)
+def test_filters_keep_what_transformers_keeps(options: Filters) -> None:
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    temperature, top_k, top_p, min_p = options
+    logits = torch.randn(8, V) * 2
+    expected = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+    if top_k is not None:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p is not None:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    if min_p is not None:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    scores, tokens = filtered(logits, *options)
+    if tokens is not None:
+        scores = torch.full_like(logits, float("-inf")).scatter(-1, tokens, scores)
+    assert torch.equal(scores, expected)
+
+
+@pytest.mark.parametrize("options", FILTERS)
+def test_samples_follow_the_filtered_softmax(options: Filters) -> None:
+    draws = 40_000
+    logits = torch.randn(1, 12) * 1.5
+    scores, tokens = filtered(logits, *options)
+    p = scores.softmax(-1)[0].double()
+    if tokens is not None:
+        p = torch.zeros(12, dtype=torch.double).scatter(0, tokens[0], p)
+    generator = torch.Generator().manual_seed(7)
+    drawn = sample(logits.expand(draws, -1), *options, generator=generator)
+    frequency = drawn.bincount(minlength=12).double() / draws
+    assert not (frequency[p == 0]).any()
+    bound = 5 * (p * (1 - p) / draws).sqrt()  # five standard deviations
+    assert ((frequency - p).abs() <= bound + 1e-9).all()
+
+
+def test_sampling_is_reproducible_by_seed() -> None:
+    model = Counter()
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(
+            ids([5], [6]), max_new_tokens=12, do_sample=True, temperature=2.0, generator=generator
+        )
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_sampling_reads_nothing_back() -> None:
+    with FakeTensorMode():
+        token = sample(torch.empty(3, V), 0.7, 10, 0.9, 0.1)  # fake tensors have no values to read
+    assert token.shape == (3,) and token.dtype == torch.int64
+
+
+def test_a_zero_draw_chooses_no_cut_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "exponential_", lambda self, **_: self.zero_())
+    logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
+    assert sample(logits).item() == 2
