@@ -66,7 +66,8 @@ class GenerationMixin:
     ) -> Tensor | GenerateOutput:
         """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens.
 
-        `attention_mask` (B, T) is 0 on padding, which must be on the left. A row ends with any of
+        `attention_mask` (B, T) is 0 on padding, on any side of a row. The result holds the prompt
+        as it was given; every row's new tokens start in column T. A row ends with any of
         `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
         model's generation_config, then config, padding finally to the first EOS. Nothing
         else is taken from a file. `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the
@@ -131,7 +132,7 @@ class _Run:
     def all_tokens(self, choose: Callable[[Tensor], Tensor], min_new_tokens: int) -> Tensor:
         """Run the model until every row has ended or the buffer is full."""
         if self.streamer is not None:
-            self.streamer.put(self.prompt.ids.cpu())
+            self.streamer.put(self.prompt.given.cpu())
         logits = self._forward(0)
         while True:
             if self.penalty is not None:
@@ -185,4 +186,5 @@ class _Run:
             self.streamer.end()
         if self.special.eos is not None and self.poll > 1:
             self.length = int(self.lengths.max())
+        self.sequences[:, : self.start] = self.prompt.given
         return self.sequences[:, : self.length].contiguous()

@@ -122,7 +122,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "top_p 1.1": ({"do_sample": True, "top_p": 1.1}, ValueError, "top_p is 1.1"),
     "min_p 1.1": ({"do_sample": True, "min_p": 1.1}, ValueError, "min_p is 1.1.*from 0 to 1"),
     "min_p -0.1": ({"do_sample": True, "min_p": -0.1}, ValueError, "min_p is -0.1"),
-    "min_p without do_sample": ({"min_p": 0.1}, ValueError, "so min_p would do nothing; pass do_sample=True"),
+    "min_p without do_sample": ({"min_p": 0.1}, ValueError, "so min_p would do nothing"),
     "penalty 0": ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0.*above 0"),
     "sampling without do_sample": ({"top_k": 5}, ValueError, "pass do_sample=True"),
     "eos beyond vocabulary": ({"eos_token_id": [3, V]}, ValueError, "eos_token_id is 50"),
@@ -131,7 +131,9 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"attention_mask": ids([1])}, ValueError, r"attention_mask is \(1, 1\).*\(1, 2\)"),
     "mask as a list": ({"attention_mask": [[1, 1]]}, ValueError, "attention_mask is list"),
     "mask of 2": ({"attention_mask": ids([1, 2])}, ValueError, "other than 0 and 1"),
-    "right padding": ({"attention_mask": ids([1, 0])}, ValueError, "Pad on the left"),
+    "a row of padding": (
+        {"input_ids": ids([1, 2], [3, 4]), "attention_mask": ids([1, 0], [0, 0])},
+        ValueError, "0 on all of row 1.*at least one token"),
     "unequal padding, no pad token": (
         {"input_ids": ids([1, 2], [3, 4]), "attention_mask": ids([0, 1], [1, 1])},
         ValueError, "pass pad_token_id"),
