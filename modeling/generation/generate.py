@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 
 from swathe.modeling.cache import DynamicCache, StaticCache
-from swathe.modeling.generation.options import (
-    check_cache,
-    check_counts,
-    chooser,
-    refuse_unknown,
-)
+from swathe.modeling.generation.options import check_cache, chooser, new_tokens, refuse_unknown
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
-from swathe.modeling.generation.repetition import RepetitionPenalty, check_penalty
+from swathe.modeling.generation.repetition import RepetitionPenalty
 from swathe.modeling.generation.sampling import NEVER
+from swathe.modeling.generation.stopping import Decoder, StopStrings
 from swathe.modeling.generation.streamer import Streamer
 from swathe.modeling.outputs import ModelOutput
 
@@ -47,7 +43,8 @@ class GenerationMixin:
         self,
         input_ids: Tensor | None = None,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         attention_mask: Tensor | None = None,
         min_new_tokens: int = 0,
         do_sample: bool = False,
@@ -58,47 +55,49 @@ class GenerationMixin:
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Decoder | None = None,
         streamer: Streamer | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool = False,
         cache_implementation: str | None = None,
         **unknown: Any,
     ) -> Tensor | GenerateOutput:
-        """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens.
+        """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens or max_length - T.
 
         `attention_mask` (B, T) is 0 on padding, on any side of a row. The result holds the prompt
         as it was given; every row's new tokens start in column T. A row ends with any of
         `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
-        model's generation_config, then config, padding finally to the first EOS. Nothing
-        else is taken from a file. `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the
-        logits' device) apply with do_sample=True; `repetition_penalty` always, to the tokens of
-        the prompt without its padding and to new ones. `streamer` gets the prompt, then each
-        step's tokens. `cache_implementation` is "dynamic", which grows, or "static", which has its
-        room at once.
+        model's generation_config, then config, padding finally to the first EOS. Nothing else is
+        taken from a file. It ends, too, with the token that completes one of `stop_strings` in the
+        text of its new tokens, which `tokenizer` decodes; min_new_tokens only keeps EOS away.
+        `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the logits' device) apply with
+        do_sample=True, `repetition_penalty` always, to the prompt without its padding as well.
+        `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
+        which grows, or "static", which has its room at once.
 
-        Raises TypeError for unknown options and wrong dtypes, ValueError for values out of range.
+        Raises TypeError for unknown options and wrong types, ValueError for values out of range.
         """
         if unknown:
             refuse_unknown(next(iter(unknown)))
-        check_counts(max_new_tokens, min_new_tokens)
-        check_penalty(repetition_penalty)
         check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
-        choose = chooser(
-            do_sample, prompt.ids.device, temperature=temperature, top_k=top_k, top_p=top_p,
-            min_p=min_p, generator=generator,
-        )  # fmt: skip
-        static = cache_implementation == "static"
-        run = _Run(self, prompt, special, max_new_tokens, streamer, static)
-        if repetition_penalty != 1.0:
-            run.penalty = RepetitionPenalty(repetition_penalty, prompt)
+        (B, T), device = prompt.ids.shape, prompt.ids.device
+        new = new_tokens(max_new_tokens, max_length, min_new_tokens, T)
+        choose = chooser(do_sample, device, temperature, top_k, top_p, min_p, generator)
+        run = _Run(self, prompt, special, new, streamer, cache_implementation == "static")
+        run.stop = StopStrings.of(stop_strings, tokenizer, B, special.pad)
+        run.penalty = RepetitionPenalty.of(repetition_penalty, prompt)
         sequences = run.all_tokens(choose, min_new_tokens)
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
 
 class _Run:
     """The state of one call: every buffer is made once, at its final size."""
+
+    stop: StopStrings | None = None
+    penalty: RepetitionPenalty | None = None
 
     def __init__(
         self,
@@ -112,7 +111,6 @@ class _Run:
         B, T = prompt.ids.shape
         device = prompt.ids.device
         self.model, self.prompt, self.special, self.streamer = model, prompt, special, streamer
-        self.penalty: RepetitionPenalty | None = None
         room = T + max_new_tokens
         self.cache = StaticCache(model.config, room) if static else DynamicCache()
         self.start = self.length = T
@@ -125,9 +123,7 @@ class _Run:
             self.mask[:, :T] = prompt.mask
             self.positions = (self.mask.cumsum(1) - 1).clamp_min_(0)
         self.ended = torch.zeros(B, dtype=torch.bool, device=device)
-        self.lengths = torch.full((B,), T, device=device)  # tokens up to and with a row's EOS
-        waits_anyway = streamer is not None
-        self.poll = 1 if waits_anyway else POLL.get(device.type, POLL_OTHERWISE)
+        self.lengths = torch.full((B,), T, device=device)  # tokens up to and with a row's last
 
     def all_tokens(self, choose: Callable[[Tensor], Tensor], min_new_tokens: int) -> Tensor:
         """Run the model until every row has ended or the buffer is full."""
@@ -164,19 +160,32 @@ class _Run:
     def _append(self, token: Tensor) -> None:
         """Add each row's token (B,), or padding where the row has ended."""
         special = self.special
-        if special.eos is not None:
-            assert special.pad is not None
-            token = token.masked_fill(self.ended, special.pad)
+        if self._may_end():
+            if (
+                special.pad is not None
+            ):  # without one there is one row, and its end is the last step
+                token = token.masked_fill(self.ended, special.pad)
             self.lengths += ~self.ended
+        if special.eos is not None:
             self.ended |= (token[:, None] == special.eos).any(1)
+        if self.stop is not None:
+            self.ended |= self.stop.met(token, self.ended)
         self.sequences[:, self.length] = token
         self.length += 1
         if self.streamer is not None:
             self.streamer.put(token.cpu())
 
+    def _may_end(self) -> bool:
+        return self.special.eos is not None or self.stop is not None
+
+    def _poll(self) -> int:
+        """Steps between two looks at the ends of rows."""
+        waits_anyway = self.streamer is not None or self.stop is not None
+        return 1 if waits_anyway else POLL.get(self.sequences.device.type, POLL_OTHERWISE)
+
     def _all_ended(self) -> bool:
-        """Whether every row has met its EOS; on a GPU it is looked at only now and then."""
-        if self.special.eos is None or (self.length - self.start) % self.poll:
+        """Whether every row has ended; on a GPU it is looked at only now and then."""
+        if not self._may_end() or (self.length - self.start) % self._poll():
             return False
         return bool(self.ended.all())
 
@@ -184,7 +193,7 @@ class _Run:
         """Prompt and tokens, without the steps after the last row ended."""
         if self.streamer is not None:
             self.streamer.end()
-        if self.special.eos is not None and self.poll > 1:
+        if self._may_end() and self._poll() > 1:
             self.length = int(self.lengths.max())
         self.sequences[:, : self.start] = self.prompt.given
         return self.sequences[:, : self.length].contiguous()

@@ -114,6 +114,24 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other device": ({"input_ids": GOOD.to("meta")}, ValueError, "on meta, the model on cpu"),
     "no new tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
     "half a token": ({"max_new_tokens": 1.5}, ValueError, "max_new_tokens is 1.5"),
+    "no limit": ({"max_new_tokens": None}, TypeError, "needs max_new_tokens, or max_length"),
+    "two limits": ({"max_length": 9}, ValueError, "max_new_tokens=3 and max_length=9.*one of them"),
+    "no room": (
+        {"max_new_tokens": None, "max_length": 2}, ValueError, "max_length is 2.*at least 3"),
+    "half a length": (
+        {"max_new_tokens": None, "max_length": 4.5}, ValueError, "max_length is 4.5"),
+    "min above length": (
+        {"max_new_tokens": None, "max_length": 5, "min_new_tokens": 4}, ValueError,
+        "min_new_tokens is 4.*from 0 to 3, which max_length=5 leaves"),
+    "stop strings, no tokenizer": ({"stop_strings": "a"}, TypeError, "tokenizer is a NoneType"),
+    "empty stop string": (
+        {"stop_strings": ["a", ""], "tokenizer": Bytes()}, ValueError, "none of them empty"),
+    "no stop strings": ({"stop_strings": [], "tokenizer": Bytes()}, ValueError, "is \\[\\]"),
+    "stop strings as ids": ({"stop_strings": [3], "tokenizer": Bytes()}, ValueError, "is \\[3\\]"),
+    "tokenizer alone": ({"tokenizer": Bytes()}, ValueError, "pass stop_strings or leave tokenizer"),
+    "stop strings of rows, no pad token": (
+        {"input_ids": ids([1], [3]), "stop_strings": "a", "tokenizer": Bytes()},
+        ValueError, "different steps.*pass pad_token_id"),
     "min above max": ({"min_new_tokens": 4}, ValueError, "min_new_tokens is 4.*max_new_tokens=3"),
     "temperature 0": ({"do_sample": True, "temperature": 0.0}, ValueError, "do_sample=False"),
     "temperature -1": ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature is -1"),

@@ -135,3 +135,10 @@ def test_rows_padded_on_the_right_end_by_themselves() -> None:
         eos_token_id=[7, 35], pad_token_id=0,
     )  # fmt: skip
     assert out.tolist() == [[5, 0, 6, 7, 0, 0], [30, 31, 32, 33, 34, 35]]
+
+
+def test_max_length_equals_transformers(pair: tuple[Any, Any]) -> None:
+    prompt, mask = padded_left(0, 3)
+    options: dict[str, Any] = {"max_new_tokens": None, "max_length": 17, "eos_token_id": []}
+    ours, theirs = both(pair, prompt, attention_mask=mask, **options)
+    assert torch.equal(ours, theirs) and ours.shape == (2, 17)
