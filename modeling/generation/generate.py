@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from swathe.modeling.cache import DynamicCache, StaticCache
-from swathe.modeling.generation.options import check_cache, chooser, new_tokens, refuse_unknown
+from swathe.modeling.generation.options import (
+    check_cache,
+    chooser,
+    continuations,
+    new_tokens,
+    refuse_unknown,
+)
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
 from swathe.modeling.generation.repetition import RepetitionPenalty
 from swathe.modeling.generation.sampling import NEVER
@@ -48,6 +54,7 @@ class GenerationMixin:
         attention_mask: Tensor | None = None,
         min_new_tokens: int = 0,
         do_sample: bool = False,
+        num_return_sequences: int = 1,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -73,6 +80,7 @@ class GenerationMixin:
         text of its new tokens, which `tokenizer` decodes; min_new_tokens only keeps EOS away.
         `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the logits' device) apply with
         do_sample=True, `repetition_penalty` always, to the prompt without its padding as well.
+        Row i then has its `num_return_sequences` = N continuations in rows i N to i N + N - 1.
         `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
         which grows, or "static", which has its room at once.
 
@@ -83,6 +91,7 @@ class GenerationMixin:
         check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
+        prompt = prompt.repeated(continuations(num_return_sequences, do_sample))
         (B, T), device = prompt.ids.shape, prompt.ids.device
         new = new_tokens(max_new_tokens, max_length, min_new_tokens, T)
         choose = chooser(do_sample, device, temperature, top_k, top_p, min_p, generator)

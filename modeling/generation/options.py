@@ -14,8 +14,9 @@ from swathe.modeling.generation.sampling import check_options, greedy, sample
 
 OPTIONS = (
     "input_ids", "attention_mask", "max_new_tokens", "max_length", "min_new_tokens", "do_sample",
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "eos_token_id", "pad_token_id",
-    "stop_strings", "tokenizer", "streamer", "generator", "return_dict", "cache_implementation",
+    "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "eos_token_id", "pad_token_id", "stop_strings", "tokenizer", "streamer", "generator",
+    "return_dict", "cache_implementation",
 )  # fmt: skip
 _CACHES = (None, "dynamic", "static")
 _UNSET = {"temperature": 1.0}
@@ -91,6 +92,20 @@ def chooser(
             f"torch.Generator({device.type!r})"
         )
     return partial(sample, **how) if do_sample else greedy
+
+
+def continuations(num_return_sequences: int, do_sample: bool) -> int:
+    """How many times each row is continued. Raises ValueError for counts that make no sense."""
+    if type(num_return_sequences) is not int or num_return_sequences < 1:
+        raise ValueError(
+            f"num_return_sequences is {num_return_sequences!r}; give a whole number of at least 1"
+        )
+    if num_return_sequences > 1 and not do_sample:
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences} would give equal rows, because do_sample "
+            "is False; pass do_sample=True or leave it out"
+        )
+    return num_return_sequences
 
 
 def check_cache(name: str | None) -> None:

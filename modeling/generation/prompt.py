@@ -86,6 +86,14 @@ class Prompt:
         order = mask.argsort(dim=1, stable=True)
         return cls(ids.gather(1, order), mask.gather(1, order), ids)
 
+    def repeated(self, times: int) -> Prompt:
+        """Every row `times` times, one after another."""
+        if times == 1:
+            return self
+        ids, given = (t.repeat_interleave(times, 0) for t in (self.ids, self.given))
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Prompt(ids, mask, given)
+
 
 def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialTokens) -> Prompt:
     """Check a prompt and its mask. Raises TypeError and ValueError, naming the argument."""

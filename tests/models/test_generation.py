@@ -142,6 +142,10 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "min_p -0.1": ({"do_sample": True, "min_p": -0.1}, ValueError, "min_p is -0.1"),
     "min_p without do_sample": ({"min_p": 0.1}, ValueError, "so min_p would do nothing"),
     "penalty 0": ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0.*above 0"),
+    "no sequences": (
+        {"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences is 0"),
+    "equal sequences": (
+        {"num_return_sequences": 2}, ValueError, "would give equal rows.*pass do_sample=True"),
     "sampling without do_sample": ({"top_k": 5}, ValueError, "pass do_sample=True"),
     "eos beyond vocabulary": ({"eos_token_id": [3, V]}, ValueError, "eos_token_id is 50"),
     "negative pad": ({"pad_token_id": -1}, ValueError, "pad_token_id is -1"),

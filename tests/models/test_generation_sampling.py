@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from support.generating import Counter, V, ids
+from support.generating import Counter, V, ids, tiny_llamas
 from swathe.modeling.generation.sampling import filtered, sample
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return tiny_llamas(tmp_path_factory.mktemp("llama"))
+
 
 Filters = tuple[float, int | None, float | None, float | None]
 FILTERS: list[Filters] = [
@@ -69,6 +77,48 @@ def test_sampling_is_reproducible_by_seed() -> None:
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
+
+
+def test_the_global_seed_counts_without_a_generator() -> None:
+    def draw(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return Counter().generate(ids([5], [6]), max_new_tokens=12, do_sample=True)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_equal_rows_draw_by_themselves() -> None:
+    out = Counter().generate(ids(*[[5]] * 8), max_new_tokens=12, do_sample=True)
+    assert len({tuple(row) for row in out.tolist()}) == 8
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_sequences_of_a_row_stand_together(pair: tuple[Any, Any], cache: str) -> None:
+    prompt, mask = torch.randint(3, 64, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[0, 4:] = mask[1, :2] = 0
+    options: dict[str, Any] = {
+        "max_new_tokens": 10, "do_sample": True, "temperature": 3.0, "cache_implementation": cache
+    }  # fmt: skip
+
+    def draw(prompt: Tensor, mask: Tensor, **more: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return pair[0].generate(prompt, attention_mask=mask, generator=generator, **options, **more)
+
+    out = draw(prompt, mask, num_return_sequences=3)
+    repeated = (t.repeat_interleave(3, 0) for t in (prompt, mask))
+    assert torch.equal(out, draw(*repeated)) and out.shape == (6, 17)
+    assert len({tuple(row) for row in out[:3].tolist()}) == 3
+
+
+def test_order_of_sequences_is_that_of_transformers(pair: tuple[Any, Any]) -> None:
+    prompt = torch.randint(3, 64, (2, 7))
+    options: dict[str, Any] = {
+        "max_new_tokens": 10, "do_sample": True, "top_k": 1, "num_return_sequences": 3,
+        "attention_mask": torch.ones_like(prompt),
+    }  # fmt: skip
+    ours, theirs = (model.generate(prompt, **options) for model in pair)
+    assert torch.equal(ours, theirs) and not torch.equal(ours[2], ours[3])
 
 
 def test_sampling_reads_nothing_back() -> None:
