@@ -78,9 +78,9 @@ class GenerationMixin:
         model's generation_config, then config, padding finally to the first EOS. Nothing else is
         taken from a file. It ends, too, with the token that completes one of `stop_strings` in the
         text of its new tokens, which `tokenizer` decodes; min_new_tokens only keeps EOS away.
-        `temperature`, `top_k`, `top_p`, `min_p` and `generator` (on the logits' device) apply with
-        do_sample=True, `repetition_penalty` always, to the prompt without its padding as well.
-        Row i then has its `num_return_sequences` = N continuations in rows i N to i N + N - 1.
+        `repetition_penalty` counts the prompt, not its padding. With do_sample=True apply
+        `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
+        `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
         `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
         which grows, or "static", which has its room at once.
 
@@ -170,9 +170,8 @@ class _Run:
         """Add each row's token (B,), or padding where the row has ended."""
         special = self.special
         if self._may_end():
-            if (
-                special.pad is not None
-            ):  # without one there is one row, and its end is the last step
+            # without a token to pad with there is one row, and its end is the last step
+            if special.pad is not None:
                 token = token.masked_fill(self.ended, special.pad)
             self.lengths += ~self.ended
         if special.eos is not None:

@@ -20,6 +20,7 @@ class Decoder(Protocol):
 
     def decode(self, token_ids: list[int], /) -> str:
         """The text of some tokens."""
+        ...
 
 
 class StopStrings:

@@ -30,6 +30,10 @@ def test_a_row_ends_with_the_token_that_completes_a_string() -> None:
     assert counted([32], stop="%$", new=6) == [list(b'!"#$%&')]
 
 
+def test_min_new_tokens_keeps_away_tokens_and_no_strings() -> None:
+    assert counted([32], stop="#", min_new_tokens=6) == [list(b'!"#')]
+
+
 def test_the_prompt_is_not_searched() -> None:
     assert counted([35, 36], stop=["$", "$%"], new=3) == [list(b"%&'")]
 
