@@ -138,7 +138,7 @@ class _Run:
         """Run the model until every row has ended or the buffer is full."""
         if self.streamer is not None:
             self.streamer.put(self.prompt.given.cpu())
-        logits = self._forward(0)
+        logits = self._prefill()
         while True:
             if self.penalty is not None:
                 logits = self.penalty(logits)
@@ -152,12 +152,21 @@ class _Run:
                 return self._finish()
             logits = self._forward(self.length - 1)
 
-    def _forward(self, begin: int) -> Tensor:
-        """Logits (B, V) after the newest token; the cache holds those before `begin`."""
+    def _prefill(self) -> Tensor:
+        """Logits (B, V) after the prompt; equal rows are read once if the cache can repeat them."""
+        times = self.prompt.times
+        if times == 1 or not isinstance(self.cache, DynamicCache):
+            return self._forward(0)
+        logits = self._forward(0, times)
+        self.cache.batch_repeat_interleave(times)
+        return logits.repeat_interleave(times, 0)
+
+    def _forward(self, begin: int, every: int = 1) -> Tensor:
+        """Logits (B / every, V) after the newest token; the cache holds those before `begin`."""
         out = self.model(
-            input_ids=self.sequences[:, begin : self.length],
-            attention_mask=None if self.mask is None else self.mask[:, : self.length],
-            position_ids=self.positions[:, begin : self.length],
+            input_ids=self.sequences[::every, begin : self.length],
+            attention_mask=None if self.mask is None else self.mask[::every, : self.length],
+            position_ids=self.positions[::every, begin : self.length],
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,

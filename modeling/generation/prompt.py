@@ -68,12 +68,14 @@ def _listed(value: Any) -> list[Any]:
 class Prompt:
     """`ids` (B, T) int64, every row ending in a token; `given` (B, T), the caller's own order.
 
-    `mask` (B, T) int64 of 0 and 1 belongs to `ids`; None when nothing is padding.
+    `mask` (B, T) int64 of 0 and 1 belongs to `ids`; None when nothing is padding. Every `times`
+    rows are equal.
     """
 
     ids: Tensor
     mask: Tensor | None
     given: Tensor
+    times: int = 1
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None = None) -> Prompt:
@@ -92,7 +94,7 @@ class Prompt:
             return self
         ids, given = (t.repeat_interleave(times, 0) for t in (self.ids, self.given))
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return Prompt(ids, mask, given)
+        return Prompt(ids, mask, given, times)
 
 
 def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialTokens) -> Prompt:
