@@ -105,6 +105,19 @@ def test_the_cost_of_a_token_does_not_grow_with_the_text() -> None:
     assert max(lengths) < 60
 
 
+def test_ended_rows_are_not_decoded() -> None:
+    class Never:
+        def decode(self, tokens: list[int]) -> str:
+            assert tokens == [35]
+            return "#"
+
+    ended = torch.tensor([True, False])
+    assert StopStrings(["#"], Never(), 2).met(torch.tensor([35, 35]), ended).tolist() == [0, 1]
+    assert ended.tolist() == [True, False]
+    stop = StopStrings(["#"], Never(), 2)
+    assert not stop.met(torch.tensor([36, 37]), torch.tensor([True, True])).any()
+
+
 def test_equal_to_transformers(tmp_path: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
