@@ -1,4 +1,4 @@
-"""What `generate` starts from: a checked prompt, its padding, and the special tokens."""
+"""What `generate` starts from: a checked prompt, its padding moved left, and the special tokens."""
 
 from __future__ import annotations
 
@@ -66,10 +66,35 @@ def _listed(value: Any) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`ids` (B, T) int64; `mask` (B, T) int64 of 0 and 1, None when nothing is padding."""
+    """`ids` (B, T) int64, every row ending in a token; `given` (B, T), the caller's own order.
+
+    `mask` (B, T) int64 of 0 and 1 belongs to `ids`; None when nothing is padding. Every `times`
+    rows are equal.
+    """
 
     ids: Tensor
     mask: Tensor | None
+    given: Tensor
+    times: int = 1
+
+    @classmethod
+    def of(cls, ids: Tensor, mask: Tensor | None = None) -> Prompt:
+        """A prompt to use as it is, which has no padding on the right."""
+        return cls(ids, mask, ids)
+
+    @classmethod
+    def moved_left(cls, ids: Tensor, mask: Tensor) -> Prompt:
+        """The prompt with each row's padding moved before its tokens, wherever it stood."""
+        order = mask.argsort(dim=1, stable=True)
+        return cls(ids.gather(1, order), mask.gather(1, order), ids)
+
+    def repeated(self, times: int) -> Prompt:
+        """Every row `times` times, one after another."""
+        if times == 1:
+            return self
+        ids, given = (t.repeat_interleave(times, 0) for t in (self.ids, self.given))
+        mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
+        return Prompt(ids, mask, given, times)
 
 
 def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialTokens) -> Prompt:
@@ -77,7 +102,7 @@ def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialToken
     ids = _ids(model, ids)
     if mask is None:
         _warn_of_unmasked_padding(ids, special)
-        return Prompt(ids, None)
+        return Prompt.of(ids)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
@@ -85,23 +110,25 @@ def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialToken
             "1 on tokens and 0 on padding"
         )
     mask = mask.to(ids.device)
-    if not bool(((mask == 0) | (mask == 1)).all()):
+    real = mask == 1
+    facts = ((real | (mask == 0)).all(), real.all(), real.any(1).all(), real[:, -1].all())
+    legal, full, no_row_empty, ends_in_tokens = torch.stack(facts).tolist()
+    if not legal:
         raise ValueError("attention_mask holds values other than 0 and 1; 1 marks a token to read")
-    mask = mask.long()
-    if bool(mask.all()):
-        return Prompt(ids, None)
-    if not bool(mask[:, -1].all()):
+    if full:
+        return Prompt.of(ids)
+    counts = real.sum(1)
+    if not no_row_empty:
         raise ValueError(
-            "attention_mask is 0 on the last token of a row; the next token would follow padding. "
-            "Pad on the left (tokenizer.padding_side = 'left')"
+            f"attention_mask is 0 on all of row {counts.tolist().index(0)}; a row needs at least "
+            "one token to continue, such as the tokenizer's bos_token_id"
         )
-    counts = mask.sum(1)
     if special.pad is None and ids.shape[0] > 1 and bool((counts != counts[0]).any()):
         raise ValueError(
             "the rows of attention_mask have unequal padding, and neither the call nor the model's "
             "configs name a pad_token_id or eos_token_id; pass pad_token_id"
         )
-    return Prompt(ids, mask)
+    return Prompt.of(ids, real.long()) if ends_in_tokens else Prompt.moved_left(ids, real.long())
 
 
 def _ids(model: Any, ids: Any) -> Tensor:

@@ -9,36 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
+from support.generating import Bytes, Counter, V, both, ids, tiny_llamas
 from swathe.modeling.checkpoint.errors import CheckpointWarning
 from swathe.modeling.generation import generate as generate_module
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.generation.generate import GenerateOutput, GenerationMixin
-from swathe.modeling.generation.sampling import filtered, sample
+from swathe.modeling.generation.generate import GenerateOutput
 from swathe.modeling.generation.streamer import TextStreamer
-
-V = 50
-
-
-class Counter(GenerationMixin, nn.Module):
-    """A model whose most likely next token is the last one plus one."""
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.config = SimpleNamespace(vocab_size=V, **config)
-        self.calls: list[dict[str, Any]] = []
-
-    def forward(self, input_ids: Tensor, **options: Any) -> SimpleNamespace:
-        self.calls.append({"input_ids": input_ids.clone(), **options})
-        following = (input_ids[:, -1:] + 1) % V
-        return SimpleNamespace(logits=nn.functional.one_hot(following, V).float())
-
-
-def ids(*rows: list[int]) -> Tensor:
-    return torch.tensor(rows)
 
 
 def test_one_forward_a_token() -> None:
@@ -136,12 +114,38 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "other device": ({"input_ids": GOOD.to("meta")}, ValueError, "on meta, the model on cpu"),
     "no new tokens": ({"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
     "half a token": ({"max_new_tokens": 1.5}, ValueError, "max_new_tokens is 1.5"),
+    "no limit": ({"max_new_tokens": None}, TypeError, "needs max_new_tokens, or max_length"),
+    "two limits": ({"max_length": 9}, ValueError, "max_new_tokens=3 and max_length=9.*one of them"),
+    "no room": (
+        {"max_new_tokens": None, "max_length": 2}, ValueError, "max_length is 2.*at least 3"),
+    "half a length": (
+        {"max_new_tokens": None, "max_length": 4.5}, ValueError, "max_length is 4.5"),
+    "min above length": (
+        {"max_new_tokens": None, "max_length": 5, "min_new_tokens": 4}, ValueError,
+        "min_new_tokens is 4.*from 0 to 3, which max_length=5 leaves"),
+    "stop strings, no tokenizer": ({"stop_strings": "a"}, TypeError, "tokenizer is a NoneType"),
+    "empty stop string": (
+        {"stop_strings": ["a", ""], "tokenizer": Bytes()}, ValueError, "none of them empty"),
+    "no stop strings": ({"stop_strings": [], "tokenizer": Bytes()}, ValueError, "is \\[\\]"),
+    "stop strings as ids": ({"stop_strings": [3], "tokenizer": Bytes()}, ValueError, "is \\[3\\]"),
+    "tokenizer alone": ({"tokenizer": Bytes()}, ValueError, "pass stop_strings or leave tokenizer"),
+    "stop strings of rows, no pad token": (
+        {"input_ids": ids([1], [3]), "stop_strings": "a", "tokenizer": Bytes()},
+        ValueError, "different steps.*pass pad_token_id"),
     "min above max": ({"min_new_tokens": 4}, ValueError, "min_new_tokens is 4.*max_new_tokens=3"),
     "temperature 0": ({"do_sample": True, "temperature": 0.0}, ValueError, "do_sample=False"),
     "temperature -1": ({"do_sample": True, "temperature": -1.0}, ValueError, "temperature is -1"),
     "top_k 0": ({"do_sample": True, "top_k": 0}, ValueError, "top_k is 0"),
     "top_p 0": ({"do_sample": True, "top_p": 0.0}, ValueError, "top_p is 0.0"),
     "top_p 1.1": ({"do_sample": True, "top_p": 1.1}, ValueError, "top_p is 1.1"),
+    "min_p 1.1": ({"do_sample": True, "min_p": 1.1}, ValueError, "min_p is 1.1.*from 0 to 1"),
+    "min_p -0.1": ({"do_sample": True, "min_p": -0.1}, ValueError, "min_p is -0.1"),
+    "min_p without do_sample": ({"min_p": 0.1}, ValueError, "so min_p would do nothing"),
+    "penalty 0": ({"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0.*above 0"),
+    "no sequences": (
+        {"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences is 0"),
+    "equal sequences": (
+        {"num_return_sequences": 2}, ValueError, "would give equal rows.*pass do_sample=True"),
     "sampling without do_sample": ({"top_k": 5}, ValueError, "pass do_sample=True"),
     "eos beyond vocabulary": ({"eos_token_id": [3, V]}, ValueError, "eos_token_id is 50"),
     "negative pad": ({"pad_token_id": -1}, ValueError, "pad_token_id is -1"),
@@ -149,7 +153,9 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"attention_mask": ids([1])}, ValueError, r"attention_mask is \(1, 1\).*\(1, 2\)"),
     "mask as a list": ({"attention_mask": [[1, 1]]}, ValueError, "attention_mask is list"),
     "mask of 2": ({"attention_mask": ids([1, 2])}, ValueError, "other than 0 and 1"),
-    "right padding": ({"attention_mask": ids([1, 0])}, ValueError, "Pad on the left"),
+    "a row of padding": (
+        {"input_ids": ids([1, 2], [3, 4]), "attention_mask": ids([1, 0], [0, 0])},
+        ValueError, "0 on all of row 1.*at least one token"),
     "unequal padding, no pad token": (
         {"input_ids": ids([1, 2], [3, 4]), "attention_mask": ids([0, 1], [1, 1])},
         ValueError, "pass pad_token_id"),
@@ -181,77 +187,6 @@ def test_warning_about_padding_without_mask() -> None:
     same_as_eos.generate(ids([4, 9, 5]), max_new_tokens=1)  # the end of an earlier turn
     with pytest.warns(UserWarning, match="padding token 9"):
         same_as_eos.generate(ids([9, 4, 5]), max_new_tokens=1)
-
-
-FILTERS = [(1.0, None, None), (0.7, 5, None), (1.3, None, 0.8), (0.9, 20, 0.6), (1.0, 99, 1.0)]
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), FILTERS)
-def test_filters_keep_what_transformers_keeps(
-    temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = torch.randn(8, V) * 2
-    expected = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
-    if top_k is not None:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p is not None:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    scores, tokens = filtered(logits, temperature, top_k, top_p)
-    if tokens is not None:
-        scores = torch.full_like(logits, float("-inf")).scatter(-1, tokens, scores)
-    assert torch.equal(scores, expected)
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), FILTERS)
-def test_samples_follow_the_filtered_softmax(
-    temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    draws = 40_000
-    logits = torch.randn(1, 12) * 1.5
-    scores, tokens = filtered(logits, temperature, top_k, top_p)
-    p = scores.softmax(-1)[0].double()
-    if tokens is not None:
-        p = torch.zeros(12, dtype=torch.double).scatter(0, tokens[0], p)
-    generator = torch.Generator().manual_seed(7)
-    drawn = sample(logits.expand(draws, -1), temperature, top_k, top_p, generator)
-    frequency = drawn.bincount(minlength=12).double() / draws
-    assert not (frequency[p == 0]).any()
-    bound = 5 * (p * (1 - p) / draws).sqrt()  # five standard deviations
-    assert ((frequency - p).abs() <= bound + 1e-9).all()
-
-
-def test_sampling_is_reproducible_by_seed() -> None:
-    model = Counter()
-
-    def draw(seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return model.generate(
-            ids([5], [6]), max_new_tokens=12, do_sample=True, temperature=2.0, generator=generator
-        )
-
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
-
-
-def test_sampling_reads_nothing_back() -> None:
-    with FakeTensorMode():
-        token = sample(torch.empty(3, V), 0.7, 10, 0.9)  # fake tensors have no values to read
-    assert token.shape == (3,) and token.dtype == torch.int64
-
-
-def test_a_zero_draw_chooses_no_cut_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Tensor, "exponential_", lambda self, **_: self.zero_())
-    logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
-    assert sample(logits).item() == 2
-
-
-class Bytes:
-    """A tokenizer with one token a byte."""
-
-    def decode(self, tokens: list[int], **options: Any) -> str:
-        return bytes(tokens).decode(errors="replace")
 
 
 class Words:
@@ -340,27 +275,7 @@ def test_generation_config(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """(ours, transformers'): one tiny Llama with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM as Ours
-
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, initializer_range=0.3,
-    )  # fmt: skip
-    theirs = LlamaForCausalLM(config).eval()
-    directory = tmp_path_factory.mktemp("llama")
-    theirs.save_pretrained(directory)
-    return Ours.from_pretrained(directory), theirs
-
-
-def both(pair: tuple[Any, Any], prompt: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    ours, theirs = pair
-    options = {"max_new_tokens": 24, "attention_mask": torch.ones_like(prompt)} | options
-    return ours.generate(prompt, **options), theirs.generate(prompt, do_sample=False, **options)
+    return tiny_llamas(tmp_path_factory.mktemp("llama"))
 
 
 def test_greedy_equals_transformers(pair: tuple[Any, Any]) -> None:
