@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from math import isfinite
+from math import inf
 from typing import Literal
 
 import torch
@@ -158,7 +158,8 @@ def _checked_act(act: str, limit: float | None, alpha: float | None) -> str:
             f"gated_mlp_act: limit={limit} and alpha={alpha} with act={act!r}; only act='gpt_oss' "
             "takes them: leave them out, or clamp gate and up yourself"
         )
-    if alpha is not None and not isfinite(alpha):
+    # comparisons: dynamo traces them where a number of the model's is dynamic, but not isfinite
+    if alpha is not None and not -inf < alpha < inf:
         raise ValueError(f"gated_mlp_act: alpha={alpha}; it must be a finite number")
     return found
 
