@@ -183,7 +183,8 @@ class _Attention(torch.autograd.Function):
             found[3 + _BIAS] = gradient(name, do, q, k, v, stats, *rest)
         if sinks is not None and ctx.needs_input_grad[3 + _SINKS]:
             # the sink is a key whose value is 0 and whose logit nothing scales
-            weight = torch.exp2(sinks[:, None] * 1.4426950408889634 - lse)
+            away = (sinks[:, None] * 1.4426950408889634 - lse) * 0.6931471805599453
+            weight = torch.exp(away)
             found[3 + _SINKS] = -(weight * stats[:, :, 1, :T]).sum((0, 2))
         return tuple(found)
 
