@@ -150,7 +150,7 @@ def test_fused_loss_reads_the_head_where_it_is(lazy: None) -> None:
 
 def test_generation(lazy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     # fake tensors have no values for the check of the prompt to look at
-    monkeypatch.setattr(generate, "read_prompt", lambda model, ids, *_: Prompt(ids, None))
+    monkeypatch.setattr(generate, "read_prompt", lambda model, ids, *_: Prompt.of(ids))
     model = dispatch_model(build(kernels="eager"), SPREAD)
     prompt = tokens().to(model.device)
     for kind in ("dynamic", "static"):
