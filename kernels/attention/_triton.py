@@ -29,7 +29,13 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention import _triton_backward, _triton_forward
-from swathe.kernels.attention._triton_blocks import Blocks, Cut, cut, tiles_by_tma
+from swathe.kernels.attention._triton_blocks import (
+    Blocks,
+    Cut,
+    cut,
+    strides_of,
+    tiles_by_tma,
+)
 from swathe.kernels.attention._triton_decode import decode
 from swathe.kernels.attention.op import empty_backward, empty_forward
 from swathe.kernels.core.device import guard
@@ -74,8 +80,8 @@ class Rows(NamedTuple):
             0 if self.places is None or self.places.shape[0] == 1 else self.places.stride(0),
             heads if self.alibi is not None and self.alibi.dim() == 2 else 0,
             0 if self.keys is None or self.keys.shape[0] == 1 else unit_rows(self.keys).stride(0),
-            *_broadcast_strides(self.allowed),
-            *_broadcast_strides(self.bias),
+            *strides_of(self.allowed),
+            *strides_of(self.bias),
         )
 
     @property
@@ -103,13 +109,6 @@ class Rows(NamedTuple):
         """SCORED: whether scores need more than a positive scale; SOFTCAP."""
         plain = self.softcap == 0.0 and self.alibi is None and self.bias is None
         return not plain or self.scale <= 0.0, self.softcap != 0.0
-
-
-def _broadcast_strides(t: Tensor | None) -> tuple[int, int, int, int]:
-    if t is None:
-        return 0, 0, 0, 0
-    b, h, r, s = (0 if n == 1 else stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return b, h, r, s
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int]:

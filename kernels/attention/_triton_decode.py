@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from swathe.kernels.attention._triton_blocks import strides_of
 from swathe.kernels.attention._triton_forward import settled, weigh
 from swathe.kernels.attention._triton_tiles import (
     FAR,
@@ -101,6 +102,8 @@ def _absorb(
     EXACT: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the keys of one split, from start to end."""
+    # bounds and a mask of keys have no part in the sums' layout, and take registers while they wait
+    LATE: tl.constexpr = scores.allowed.at is None and scores.bias.at is None
     for begin in range(start, end, BLOCK_S):
         n = begin + tl.arange(0, BLOCK_S)
         there = (n >= lo) & (n < hi)
@@ -112,9 +115,12 @@ def _absorb(
                 page = tl.load(table + begin // PAGE).to(tl.int64)
             else:
                 page = tl.load(table + n // PAGE, there, other=0).to(tl.int64)[:, None]
-        visible, bias = visibility(rows, n[None, :], S, scores)
+        if not LATE:
+            visible, bias = visibility(rows, n[None, :], S, scores)
         keys = _load(k, page, place, there, D_WIDTHS, EXACT)
         s = product(q, keys, PRECISION)
+        if LATE:
+            visible, bias = visibility(rows, n[None, :], S, scores)
         p, shrink, total, peak = weigh(
             s, rows, n[None, :], visible, bias, scores, total, peak, SCORED, SOFTCAP, True
         )
@@ -297,13 +303,6 @@ def fold_warps(E: int) -> int:
     return 4 if E <= 128 else 8
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    """Elements from entry to entry of a (.., .., .., ..) tensor, 0 where it is broadcast."""
-    if t is None:
-        return 0, 0, 0, 0
-    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
-
-
 def _bytes(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.view(torch.uint8)
 
@@ -355,7 +354,7 @@ def decode(
                 (B * H * T, 1, 1),
                 (parts, sums, o, lse, first, last, sinks),
                 (E,),
-                (*_strides(first), T, S, H, H // K, splits),
+                (*strides_of(first), T, S, H, H // K, splits),
                 (tile.fewest, tile.most, tile.rows, tile.keys, width(E)),
                 fold_warps(E),
             )
@@ -383,12 +382,12 @@ def _attend(
         (units * slots, 1, 1),
         tensors,
         (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(allowed), *_strides(bias),
-            D, E,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides_of(allowed),
+            *strides_of(bias), D, E,
         ),
         (
-            *_strides(first), _strides(places)[0], 0 if table is None else table.stride(0),
-            H if alibi is not None and alibi.dim() == 2 else 0, _strides(keys)[0], T, S, B, K,
+            *strides_of(first), strides_of(places)[0], 0 if table is None else table.stride(0),
+            H if alibi is not None and alibi.dim() == 2 else 0, strides_of(keys)[0], T, S, B, K,
             H // K, splits, slots, S - T, scale, softcap, lowest,
         ),
         (
