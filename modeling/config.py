@@ -39,7 +39,6 @@ RUNTIME = (
 )
 NOT_IN_FILES = (*RUNTIME, "rope_length")
 ALIASES = {"torch_dtype": "dtype", "rope_scaling": "rope_parameters"}
-_BASE_ONLY_WHEN_SET = ("chunk_size_feed_forward", "is_encoder_decoder", "problem_type")
 _DERIVED: Any = type("derived", (), {"__repr__": lambda self: "derived"})()
 
 

@@ -277,4 +277,8 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
 
 def narrowed(mask: Mask, window: int) -> Mask:
     """A mask with a sliding window on top of what it shows."""
-    return replace(mask, window=window if mask.window is None else min(window, mask.window))
+    width = window if mask.window is None else min(window, mask.window)
+    # past an end, or under a mask, the keys that a row was promised may lie before its window
+    sees_itself = mask.causal and mask.interval and mask.end is None
+    empty = mask.rows_may_be_empty or not sees_itself
+    return replace(mask, window=width, rows_may_be_empty=empty)

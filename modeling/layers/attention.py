@@ -26,7 +26,7 @@ from swathe.modeling.policy import KernelModule
 class SelfAttention(KernelModule):
     """Causal attention with rotary positions and shared key and value heads; HF's names.
 
-    Scale, softcap, biases and head norms are the configuration's (`config.scaling` and so on);
+    Scale, softcap and biases are the configuration's properties (`config.scaling` and so on);
     families with other projections override `make_projections` and `project`.
     """
 

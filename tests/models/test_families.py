@@ -11,10 +11,13 @@ import transformers
 from torch import Tensor
 
 from support.families import ATTENTION, FAMILIES, pair, tokens
+from swathe.kernels.attention.api import Mask, attention
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.modeling.auto import AutoConfig, AutoModel, AutoModelForCausalLM, model_class
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.decoder import narrowed
 from swathe.modeling.errors import ConfigError
+from swathe.modeling.masks import causal_mask
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -335,3 +338,14 @@ def test_configurations_that_no_model_has(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         model_class(family, "config")(**values)
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa", "triton"])
+def test_rows_of_padding_past_a_window_see_nothing(backend: str) -> None:
+    hidden, real = torch.zeros(1, 12, 8), (torch.arange(12) < 5)[None]
+    q, k, v = torch.randn(3, 1, 2, 12, 16, generator=torch.Generator().manual_seed(0))
+    mask = causal_mask(real, hidden, 0)
+    assert not mask.rows_may_be_empty
+    o = attention(q, k, v, narrowed(mask, 3), implementation=backend)
+    assert (o[:, 7:] == 0).all() and (o[:, :7] != 0).all()
+    assert not narrowed(Mask(causal=True, rows_may_be_empty=False), 3).rows_may_be_empty
