@@ -54,4 +54,13 @@ namespace avx512 {
 #undef SWATHE_F16C
 #endif
 
+// `name`, a function or table of the body, for the instruction set in use.
+#if defined(__x86_64__)
+#define SWATHE_HERE(name)                      \
+  (isa() == kAvx512 ? avx512::name             \
+                    : isa() == kAvx2 ? avx2::name : portable::name)
+#else
+#define SWATHE_HERE(name) portable::name
+#endif
+
 #undef SWATHE_INLINE
