@@ -27,7 +27,7 @@ namespace portable {
 #undef SWATHE_F16C
 
 #if defined(__x86_64__)
-#define SWATHE_TARGET __attribute__((target("avx2,f16c")))
+#define SWATHE_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SWATHE_LANES 8
 #define SWATHE_F16C 1
 namespace swathe {

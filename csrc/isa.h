@@ -14,8 +14,8 @@ inline Isa best_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return kAvx512;
   }
-  // every processor with AVX2 has F16C, which clang cannot be asked about
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
+  // every processor with AVX2 and FMA has F16C, which clang cannot be asked about
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPortable;
 }
