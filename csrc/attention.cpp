@@ -73,6 +73,13 @@ Block block_of(const Attention& a, int64_t task) {
   return {pair / a.K, kv, kv * group, group, row, std::min(kRows, rows - row)};
 }
 
+// The arguments of a forward, or with `backward` those of a backward.
+Attention unpacked(const void* packed, bool backward) {
+  Attention a = {};
+  std::memcpy(static_cast<void*>(&a), packed, backward ? sizeof(Attention) : sizeof(Forward));
+  return a;
+}
+
 int64_t all_blocks(const Attention& a) { return a.B * a.K * blocks_of(a.T * (a.H / a.K)); }
 
 }  // namespace
@@ -82,8 +89,7 @@ using namespace swathe;
 
 // All return 0, or 1 without memory. Sizes are not 0, but S may be.
 SWATHE_API int32_t swathe_attention_forward(const void* packed) {
-  Attention a;
-  std::memcpy(&a, packed, sizeof a);
+  const Attention a = unpacked(packed, false);
   const AttentionIsa& here = SWATHE_HERE(attention_for)(a.type);
   return run(a, all_blocks(a), false, 0, [&](int64_t task, Room& room, float*) {
     here.forward(a, block_of(a, task), room);
@@ -92,8 +98,7 @@ SWATHE_API int32_t swathe_attention_forward(const void* packed) {
 
 // Few rows against many keys, which are cut into parts whose results are joined.
 SWATHE_API int32_t swathe_attention_decode(const void* packed) {
-  Attention a;
-  std::memcpy(&a, packed, sizeof a);
+  const Attention a = unpacked(packed, false);
   const AttentionIsa& here = SWATHE_HERE(attention_for)(a.type);
   const int64_t group = a.H / a.K, rows = a.T * group;
   if (rows > here.lanes) return swathe_attention_forward(packed);
@@ -122,8 +127,7 @@ SWATHE_API int32_t swathe_attention_decode(const void* packed) {
 
 // dq and stats, then dk and dv.
 SWATHE_API int32_t swathe_attention_backward(const void* packed) {
-  Attention a;
-  std::memcpy(&a, packed, sizeof a);
+  const Attention a = unpacked(packed, true);
   const AttentionIsa& here = SWATHE_HERE(attention_for)(a.type);
   const int32_t failed = run(a, all_blocks(a), true, 0, [&](int64_t task, Room& room, float*) {
     here.backward_rows(a, block_of(a, task), room);
@@ -138,8 +142,7 @@ SWATHE_API int32_t swathe_attention_backward(const void* packed) {
 }
 
 SWATHE_API int32_t swathe_attention_backward_bias(const void* packed) {
-  Attention a;
-  std::memcpy(&a, packed, sizeof a);
+  const Attention a = unpacked(packed, true);
   const AttentionIsa& here = SWATHE_HERE(attention_for)(a.type);
   const int64_t blocks = a.bias_size[2] > 1 ? (a.T + kRows - 1) / kRows : 1;
   const int64_t planes = a.bias_size[0] * a.bias_size[1];

@@ -12,28 +12,37 @@ struct Strides {
   int64_t b, h, t;
 };
 
-// Arguments as kernels/attention/_cpp.py packs them; every field takes 8 bytes. What a call does
-// not have is null. With a `table`, k and v are caches in pages and b counts pages.
-struct Attention {
-  const void *q, *k, *v, *o, *dO;
+// What a forward is given, as kernels/attention/_cpp.py packs it; every field takes 8 bytes. What a
+// call does not have is null. With a `table`, k and v are caches in pages and b counts pages.
+struct Forward {
+  const void *q, *k, *v;
+  void* o;
+  float* lse;
   const int32_t *first, *last, *places;
   const uint8_t *keys, *allowed;
   const void* bias;
   const float *sinks, *alibi;
   const int32_t* table;
-  const float* dlse;
-  void *out, *dq, *dk, *dv, *dbias;
-  float *lse, *stats;
   int64_t type, bias_type, B, H, K, T, S, D, E;
-  Strides q_at, k_at, v_at, o_at, do_at, dq_at, dk_at, dv_at;
-  int64_t bounds_b, bounds_t, places_b, keys_b, alibi_b, table_b, page, span;
-  int64_t allowed_at[4], bias_at[4], bias_size[4];
+  Strides q_at, k_at, v_at, o_at;
+  int64_t bounds_b, bounds_t, places_b, keys_b, alibi_b, table_b, page;
+  int64_t allowed_at[4], bias_at[4];
   int64_t threads;
   double scale, softcap, lowest;
 };
 
-constexpr int64_t kRows = 48;    // query rows of a block, the lanes of its vectors
-constexpr int64_t kKeys = 96;    // keys of a tile
+// What a backward is given on top of that.
+struct Attention : Forward {
+  const void* dO;
+  const float* dlse;
+  void *dq, *dk, *dv, *dbias;
+  float* stats;
+  Strides do_at, dq_at, dk_at, dv_at;
+  int64_t span, bias_size[4];
+};
+
+constexpr int64_t kRows = 64;    // query rows of a block, the lanes of its vectors
+constexpr int64_t kKeys = 128;   // keys of a tile
 constexpr int64_t kSuper = 384;  // keys whose gradients are formed together
 constexpr int64_t kSplit = 512;  // keys of a part of a decoding row
 constexpr double kLog2e = 1.4426950408889634;

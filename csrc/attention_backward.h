@@ -25,10 +25,10 @@ SWATHE_TARGET static void gradient_tile(const Attention& a, const Block& at, con
                                         Room& room) {
   const int64_t vectors = vectors_of(at), width = vectors * lanes;
   float* slopes = sloped && a.softcap != 0.0 ? room.slopes : nullptr;
-  multiply({k.at, k.stride, 1, a.D, room.qT, width, room.sT, width, false}, n, vectors);
+  multiply<float>({k.at, k.stride, 1, a.D, room.qT, width, room.sT, width, false}, n, vectors);
   finish_scores(a, at, span, s, n, room, room.sT, slopes);
-  const Keys v = keys_at<X>(a, a.v, a.v_at, at.b, at.kv, s, n, a.E, false, room.values);
-  multiply({v.at, v.stride, 1, a.E, room.doT, width, room.pT, width, false}, n, vectors);
+  const Keys v = keys_at<X>(a, a.v, a.v_at, at.b, at.kv, s, n, a.E, room.values);
+  multiply<float>({v.at, v.stride, 1, a.E, room.doT, width, room.pT, width, false}, n, vectors);
   for (int64_t i = 0; i < n * width; i += width) {
     for (int64_t c = 0; c < width; c += lanes) {
       const vf p = exp2_of(load(room.sT + i + c) - load(room.lse + c));
@@ -72,9 +72,9 @@ SWATHE_TARGET static void backward_rows(const Attention& a, const Block& at, Roo
   std::memset(room.oT, 0, a.D * width * sizeof(float));
   for (int64_t s = span.begin / kKeys * kKeys; s < span.end; s += kKeys) {
     const int64_t n = std::min(kKeys, span.end - s);
-    const Keys k = keys_at<X>(a, a.k, a.k_at, at.b, at.kv, s, n, a.D, false, room.keys);
+    const Keys k = keys_at<X>(a, a.k, a.k_at, at.b, at.kv, s, n, a.D, room.keys);
     gradient_tile<X>(a, at, span, s, n, k, true, room);
-    multiply({k.at, 1, k.stride, n, room.pT, width, room.oT, width, true}, a.D, vectors);
+    multiply<float>({k.at, 1, k.stride, n, room.pT, width, room.oT, width, true}, a.D, vectors);
   }
   for (int64_t r = 0; r < at.rows; ++r) {
     for (int64_t d = 0; d < a.D; ++d) room.line[d] = room.oT[d * width + r] * scale;
@@ -101,11 +101,11 @@ SWATHE_TARGET static void backward_keys(const Attention& a, int64_t b, int64_t k
     for (int64_t s = begin; s < end; s += kKeys) {
       const int64_t n = std::min({kKeys, end - s, span.end - s});
       if (n <= 0 || s + n <= span.begin) continue;
-      const Keys k = keys_at<X>(a, a.k, a.k_at, b, kv, s, n, a.D, false, room.keys);
+      const Keys k = keys_at<X>(a, a.k, a.k_at, b, kv, s, n, a.D, room.keys);
       gradient_tile<X>(a, at, span, s, n, k, true, room);
       float *dk = room.dk + (s - begin) * D, *dv = room.dv + (s - begin) * E;
-      multiply({room.pT, width, 1, at.rows, room.rows_q, D, dk, D, true}, n, D / lanes);
-      multiply({room.sT, width, 1, at.rows, room.rows_do, E, dv, E, true}, n, E / lanes);
+      multiply<float>({room.pT, width, 1, at.rows, room.rows_q, D, dk, D, true}, n, D / lanes);
+      multiply<float>({room.sT, width, 1, at.rows, room.rows_do, E, dv, E, true}, n, E / lanes);
     }
   }
   const float scale = static_cast<float>(a.scale);
@@ -127,7 +127,7 @@ SWATHE_TARGET static void bias_block(const Attention& a, const Block& at, float*
   const Span span = gradient_rows<X>(a, at, room);
   for (int64_t s = span.begin / kKeys * kKeys; s < span.end; s += kKeys) {
     const int64_t n = std::min(kKeys, span.end - s);
-    const Keys k = keys_at<X>(a, a.k, a.k_at, at.b, at.kv, s, n, a.D, false, room.keys);
+    const Keys k = keys_at<X>(a, a.k, a.k_at, at.b, at.kv, s, n, a.D, room.keys);
     gradient_tile<X>(a, at, span, s, n, k, false, room);
     for (int64_t r = 0; r < at.rows; ++r) {
       for (int64_t i = 0; i < n; ++i) {

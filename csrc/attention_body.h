@@ -3,6 +3,7 @@
 #include "attention_math.h"
 #include "attention_tiles.h"
 #include "attention_forward.h"
+#include "attention_decode.h"
 #include "attention_backward.h"
 
 template <class X>

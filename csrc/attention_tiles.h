@@ -54,10 +54,10 @@ struct Keys {
 
 template <class X>
 SWATHE_TARGET static Keys keys_at(const Attention& a, const void* x, const Strides& by, int64_t b,
-                                  int64_t kv, int64_t s, int64_t n, int64_t D, bool whole,
+                                  int64_t kv, int64_t s, int64_t n, int64_t D,
                                   float* room) {
   const int64_t width = padded(D);
-  if (std::is_same<X, float>::value && a.table == nullptr && (!whole || D % lanes == 0)) {
+  if (std::is_same<X, float>::value && a.table == nullptr) {
     const void* row = row_at<X>(x, by, b, kv, s);
     return {static_cast<const float*>(row), by.t};
   }
@@ -107,30 +107,38 @@ SWATHE_TARGET static Span rows_see(const Attention& a, const Block& at, Room& ro
   return span;
 }
 
-template <class X>
-SWATHE_TARGET static void add_bias(const Attention& a, const Block& at, int64_t s, int64_t n,
-                                   float* z) {
+// The number that a bias adds to one score.
+SWATHE_INLINE float bias_at(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t s) {
+  const int64_t* by = a.bias_at;
+  const int64_t at = b * by[0] + h * by[1] + t * by[2] + s * by[3];
+  if (a.bias_type == kFloat32) return static_cast<const float*>(a.bias)[at];
+  if (a.bias_type == kBFloat16) return load_part(static_cast<const bf16*>(a.bias) + at, 1)[0];
+  return load_part(static_cast<const f16*>(a.bias) + at, 1)[0];
+}
+
+// Whether the boolean masks show a key to a row.
+SWATHE_INLINE bool shown(const Attention& a, int64_t b, int64_t h, int64_t t, int64_t s) {
+  const int64_t* by = a.allowed_at;
+  if (a.allowed != nullptr && !a.allowed[b * by[0] + h * by[1] + t * by[2] + s * by[3]]) {
+    return false;
+  }
+  return a.keys == nullptr || a.keys[b * a.keys_b + s];
+}
+
+// Adds the bias to a tile of scores, and hides what dense masks hide.
+SWATHE_TARGET static void apply_dense(const Attention& a, const Block& at, int64_t s, int64_t n,
+                                      float* z) {
   const int64_t width = vectors_of(at) * lanes;
   const float lowest = static_cast<float>(a.lowest);
   for (int64_t r = 0; r < at.rows; ++r) {
-    const X* row = static_cast<const X*>(a.bias) + at.b * a.bias_at[0] +
-                   at.head_of(r) * a.bias_at[1] + at.token(r) * a.bias_at[2];
+    const int64_t t = at.token(r), h = at.head_of(r);
     for (int64_t i = 0; i < n; ++i) {
-      const float bias = load_part(row + (s + i) * a.bias_at[3], 1)[0];
       float& score = z[i * width + r];
-      score = bias > lowest ? score + bias * static_cast<float>(kLog2e) : -INFINITY;
-    }
-  }
-}
-
-SWATHE_TARGET static void hide_dense(const Attention& a, const Block& at, int64_t s, int64_t n,
-                                     float* z) {
-  const int64_t width = vectors_of(at) * lanes;
-  for (int64_t r = 0; r < at.rows; ++r) {
-    const uint8_t* row = a.allowed + at.b * a.allowed_at[0] + at.head_of(r) * a.allowed_at[1] +
-                         at.token(r) * a.allowed_at[2];
-    for (int64_t i = 0; i < n; ++i) {
-      if (!row[(s + i) * a.allowed_at[3]]) z[i * width + r] = -INFINITY;
+      if (a.bias != nullptr) {
+        const float bias = bias_at(a, at.b, h, t, s + i);
+        score = bias > lowest ? score + bias * static_cast<float>(kLog2e) : -INFINITY;
+      }
+      if (!shown(a, at.b, h, t, s + i)) score = -INFINITY;
     }
   }
 }
@@ -157,18 +165,11 @@ SWATHE_TARGET static void finish_scores(const Attention& a, const Block& at, con
       }
     }
   }
-  if (a.bias != nullptr) {
-    if (a.bias_type == kFloat32) add_bias<float>(a, at, s, n, z);
-    if (a.bias_type == kBFloat16) add_bias<bf16>(a, at, s, n, z);
-    if (a.bias_type == kFloat16) add_bias<f16>(a, at, s, n, z);
-  }
-  if (a.allowed != nullptr) hide_dense(a, at, s, n, z);
-  const vf hidden = all(-INFINITY);
-  for (int64_t i = 0; a.keys != nullptr && i < n; ++i) {
-    if (a.keys[at.b * a.keys_b + s + i]) continue;
-    for (int64_t v = 0; v < width; v += lanes) store(z + i * width + v, hidden);
+  if (a.bias != nullptr || a.allowed != nullptr || a.keys != nullptr) {
+    apply_dense(a, at, s, n, z);
   }
   if (s >= span.inner && s + n <= span.outer) return;
+  const vf hidden = all(-INFINITY);
   for (int64_t i = 0; i < n; ++i) {
     const int32_t key = static_cast<int32_t>(s + i);
     for (int64_t v = 0; v < width; v += lanes) {
