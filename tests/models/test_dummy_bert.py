@@ -85,6 +85,13 @@ def assert_same_gradients(theirs: Any, model: Any, expected: Any, found: Any) ->
         )
 
 
+@pytest.mark.parametrize("head", HEADS[1:])
+def test_heads_of_a_decoder_equal_berts(head: str) -> None:
+    theirs, model = pair(head, is_decoder=True)
+    inputs = {"attention_mask": RIGHT, **LABELS[head]}
+    assert_same(model(IDS, **inputs), theirs(IDS, **inputs), **LOOSE)
+
+
 @pytest.mark.parametrize("attn", BACKENDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_decoder_over_an_encoder_equals_berts(padded: bool, attn: str) -> None:

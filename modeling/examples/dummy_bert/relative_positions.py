@@ -10,6 +10,8 @@ whatever their position_ids are.
 
 Backends  the terms, over sqrt(D), are an additive mask (B, H, T, S) with a gradient, which every
           backend of the attention op takes; with it none is linear in memory.
+Memory    vectors (T, S, D) of all pairs, for all heads and sequences at once; a StaticCache, where
+          sequences stand at places of their own, takes them for each.
 Rounding  the terms are products in q's dtype; the softmax is fp32, as everywhere here.
 Source    Shaw et al. 2018, arXiv:1803.02155; Huang et al. 2020, arXiv:2009.13658.
 """
@@ -29,19 +31,14 @@ from swathe.modeling.examples.dummy_bert.configuration_dummy_bert import (
 from swathe.modeling.families.bert.attention_bert import BertSelfAttention
 
 
-def relative_terms(q: Tensor, k: Tensor, table: Tensor, rows: Tensor, kind: PositionKind) -> Tensor:
-    """Terms (B, H, T, S) of queries (B, H, T, D) and keys (B, H, S, D), not yet over sqrt(D).
+def relative_terms(q: Tensor, k: Tensor, e: Tensor, kind: PositionKind) -> Tensor:
+    """Terms (B, H, T, S), not yet over sqrt(D), of queries (B, H, T, D) and keys (B, H, S, D).
 
-    table: (2n - 1, D). rows: (1 or B, T), where each query stands among the keys.
+    e: (1 or B, T, S, D), the vector of each pair's distance.
     """
-    (B, H, T, _), S, longest = q.shape, k.shape[2], len(table) // 2
-    distance = rows[:, :, None] - torch.arange(S, device=q.device)
-    # a StaticCache has room that is hidden, and rows of padding stand before its first token
-    at = (distance.clamp(-longest, longest) + longest)[:, None].expand(B, H, T, S)
-    # one product with each distance, of which every pair picks its own: nothing is (T, S, D)
-    terms = torch.matmul(q, table.T).gather(-1, at)
+    terms = torch.einsum("bhld,blrd->bhlr", q, e)
     if kind == "relative_key_query":
-        terms = terms + torch.matmul(k, table.T).gather(-1, at.mT).mT
+        terms = terms + torch.einsum("bhrd,blrd->bhlr", k, e)
     return terms
 
 
@@ -69,9 +66,12 @@ class DummyBertSelfAttention(BertSelfAttention):
         """The mask with the relative terms of q (B, H, T, D) and k (B, H, S, D)."""
         if self.distance_embedding is None:
             return mask
-        rows = mask.rows(q.shape[2], k.shape[2], q.device)
-        terms = relative_terms(q, k, self.distance_embedding.weight, rows, self.kind)
-        return with_terms(mask, terms * self.scaling)
+        S, longest = k.shape[2], self.distance_embedding.num_embeddings // 2
+        rows = mask.rows(q.shape[2], S, q.device)
+        distance = rows[:, :, None] - torch.arange(S, device=q.device)
+        # a StaticCache has room that is hidden, and rows of padding stand before its first token
+        e = self.distance_embedding(distance.clamp(-longest, longest) + longest)
+        return with_terms(mask, relative_terms(q, k, e, self.kind) * self.scaling)
 
     @torch.no_grad()
     def resize_distances(self, fresh: nn.Embedding) -> None:
