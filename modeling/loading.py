@@ -89,8 +89,7 @@ class LoadingMixin:
         `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
         first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
         "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. Other keyword arguments replace configuration values, or go to the
-        model's `__init__` where it names them (BertModel's `add_pooling_layer`).
+        nothing, False anything. Other arguments are `__init__`'s, or replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
         an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """

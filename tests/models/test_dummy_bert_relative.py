@@ -192,6 +192,20 @@ def test_bf16_is_a_few_roundings_away(kind: str) -> None:
         assert (found - exact).norm() <= 2**-5 * exact.norm()
 
 
+@pytest.mark.parametrize("kind", RELATIVE)
+def test_compiles_in_one_graph_and_runs_under_autocast(kind: str) -> None:
+    options = {**CROSSED, "position_embedding_type": kind, "num_hidden_layers": 1}
+    model = dummy("Model", "sdpa", **options)
+    inputs = {"attention_mask": RIGHT, "use_cache": False, **ENCODER}
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = model(IDS, **inputs)[0]
+    torch.testing.assert_close(compiled(IDS, **inputs)[0], expected, **CLOSE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(IDS, **inputs)[0]
+    assert 0 < (found - expected).norm() <= 2**-6 * expected.norm()
+
+
 # tables of another length
 
 
