@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import swathe
 from support.dummy_bert import BACKENDS, CROSSED, KINDS, LOOSE, RIGHT, SEEN, STATES, S, dummy
 from support.tiny_bert import CLOSE, IDS, TINY, B, T
 from swathe.modeling.cache import DynamicCache, StaticCache
@@ -121,6 +122,16 @@ def test_gradients_pass_through_both_caches() -> None:
         gradients.append([states.grad, *trained])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_estimate_of_a_decoders_cache() -> None:
+    model = decoder(add_cross_attention=False)
+    cache = DynamicCache()
+    model(IDS, past_key_values=cache)
+    pairs = [t for layer in cache._layers for t in (layer.keys, layer.values) if t is not None]
+    assert swathe.memory_estimate(model, B, T).kv_cache == sum(t.nbytes for t in pairs) > 0
+    assert swathe.memory_estimate(dummy(), B, T).kv_cache == 0
 
 
 @torch.no_grad()
