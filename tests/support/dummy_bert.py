@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.tiny_bert import TINY, B, T, reference
+from support.tiny_bert import TINY, B, T, randomise_vectors, reference
 from swathe.modeling.examples import dummy_bert
 from swathe.modeling.examples.dummy_bert import DummyBertConfig
 
@@ -28,10 +28,7 @@ def dummy(head: str = "Model", attn: str = "eager", **changes: Any) -> Any:
     torch.manual_seed(0)
     config = DummyBertConfig(**{**TINY, **changes}, attn_implementation=attn)
     model = getattr(dummy_bert, f"DummyBert{head}")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(1.0, 0.2)
+    randomise_vectors(model)
     return model
 
 

@@ -121,12 +121,14 @@ class BertModel(BertPreTrainedModel):
         words = checked_embeddings(self.embeddings.word_embeddings, input_ids, inputs_embeds)
         cache = caches(self, past_key_values, use_cache, encoder_hidden_states)
         own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        given = (encoder_hidden_states, encoder_attention_mask)
+        source = source_of(self.config, *given, words, cache)
         mask, positions = self.place(words, attention_mask, position_ids, own)
         output = self.encoder(
             self.embeddings(words, positions, token_type_ids),
             mask,
             own,
-            source_of(self.config, encoder_hidden_states, encoder_attention_mask, words, cache),
+            source,
             wants(self, "output_attentions", output_attentions),
             wants(self, "output_hidden_states", output_hidden_states),
         )
