@@ -220,4 +220,4 @@ _cpp = cpp_backend(
     dict.fromkeys(("grouped", *FEATURES), ANY),
 )
 register_backend(replace(_cpp, limits=_limits_of_pages))
-set_preference(OP, [Prefer(("sdpa", "eager"))])
+set_preference(OP, [Prefer(("cpp", "sdpa", "eager"), device="cpu"), Prefer(("sdpa", "eager"))])
