@@ -269,6 +269,7 @@ class StaticCache:
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self._given = self._most = 0
+        self._slots = None
         if self.lengths is not None:
             self.lengths.zero_()
 
@@ -277,3 +278,46 @@ class StaticCache:
         if self.lengths is not None:
             for t in (self.lengths, *(t for pair in self._buffers if pair for t in pair)):
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows of the batch, in the given order, in buffers of their own size.
+
+        The new buffers lie elsewhere: a graph captured before writes to the old ones.
+        """
+        self._slots = None
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, indices.to(self.lengths.device))
+        for layer, pair in enumerate(self._buffers):
+            if pair is not None:
+                keys, values = (t.index_select(0, indices.to(t.device)) for t in pair)
+                self._buffers[layer] = keys, values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times, as `batch_select_indices` does."""
+        if self.lengths is not None:
+            rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def take_over(self, other: StaticCache) -> None:
+        """Hold what `other` holds, which has as many rows and no more room, in the buffers here.
+
+        Raises ValueError where it does not fit, or where one of the two has no buffers yet.
+        """
+        rows, held = self.batch_size, other.batch_size
+        if rows is None or rows != held or other.max_cache_len > self.max_cache_len:
+            raise ValueError(
+                f"StaticCache.take_over: {held} rows of {other.max_cache_len} tokens do not fit "
+                f"into {rows} of {self.max_cache_len}; both need a first forward, and equal rows"
+            )
+        self.reset()
+        assert self.lengths is not None and other.lengths is not None
+        self.lengths.copy_(other.lengths)
+        self._given, self._most = other._given, other._most
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            for into, taken in zip(mine or (), theirs or (), strict=True):
+                into[:, :, : other.max_cache_len] = taken[:, :, : other.max_cache_len]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the batch; None before the first forward."""
+        return None if self.lengths is None else self.lengths.shape[0]
