@@ -79,35 +79,32 @@ class GenerationMixin:
         `attention_mask` (B, T) is 0 on padding, on any side of a row. The result holds the prompt
         as it was given; every row's new tokens start in column T. A row ends with any of
         `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
-        model's generation_config, then config, padding finally to the first EOS. Nothing else is
-        taken from a file. It ends, too, with the token that completes one of `stop_strings` in the
-        text of its new tokens, which `tokenizer` decodes; min_new_tokens only keeps EOS away.
+        model's generation_config, then config, padding finally to the first EOS. It ends, too, with
+        the token that completes one of `stop_strings` in the text of its new tokens, which
+        `tokenizer` decodes; min_new_tokens only keeps EOS away. No other option is from a file.
         `repetition_penalty` counts the prompt, not its padding. With do_sample=True apply
         `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
         `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
         `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
-        which grows, or "static", which has its room at once; steps of a static one are captured in
-        a graph and replayed, as graph.py says, where `cuda_graph` is True or can ("auto").
+        which grows, or "static", with its room at once and steps that `cuda_graph` "auto" captures
+        and replays where it can, see graph.py; True raises where it cannot.
 
         Raises TypeError for unknown options and wrong types, ValueError for values out of range.
         """
-        if unknown:
-            refuse_unknown(next(iter(unknown)))
+        refuse_unknown(unknown)
         check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
         prompt = prompt.repeated(continuations(num_return_sequences, do_sample))
-        (B, T), device = prompt.ids.shape, prompt.ids.device
+        T, device = prompt.ids.shape[1], prompt.ids.device
         new = new_tokens(max_new_tokens, max_length, min_new_tokens, T)
         drawn = sampling(do_sample, device, generator, Sampling(temperature, top_k, top_p, min_p))
-        penalty = check_penalty(repetition_penalty)
-        stop = StopStrings.of(stop_strings, tokenizer, B, special.pad)
+        stop = StopStrings.of(stop_strings, tokenizer, len(prompt.ids), special.pad)
         graph = captures(cuda_graph, self, cache_implementation) and new > 1
-        policy = Policy(
-            drawn, penalty, special.ends, special.pad, stop is not None, min_new_tokens > 0
-        )
-        kinds: Any = {"cache": cache_implementation, "cuda_graph": graph}
-        with decoding(self, policy, prompt, T + new, generator, **kinds) as (step, go):
+        penalty, early = check_penalty(repetition_penalty), min_new_tokens > 0
+        policy = Policy(drawn, penalty, special.ends, special.pad, stop is not None, early)
+        room, cache = T + new, cache_implementation
+        with decoding(self, policy, prompt, room, generator, cache, graph) as (step, go):
             step.start(prompt, min_new_tokens)
             sequences = _Run(self, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences

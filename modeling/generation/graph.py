@@ -80,7 +80,6 @@ def decoding(
     prompt: Prompt,
     room: int,
     generator: torch.Generator | None,
-    *,
     cache: str | None,
     cuda_graph: bool,
 ) -> Iterator[tuple[DecodeStep, Callable[[], None]]]:

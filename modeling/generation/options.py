@@ -105,8 +105,11 @@ def check_cache(name: str | None) -> None:
         raise ValueError(f"cache_implementation={name!r}; allowed: {_CACHES}")
 
 
-def refuse_unknown(name: str) -> None:
+def refuse_unknown(given: dict[str, Any]) -> None:
     """Raise TypeError for an option that `generate` does not have, with what to do instead."""
+    if not given:
+        return
+    name = next(iter(given))
     hint = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else did_you_mean(name, OPTIONS)
     raise TypeError(
         f"generate has no option {name!r}{hint}; it has {', '.join(OPTIONS)}. For "

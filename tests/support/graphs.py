@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -174,20 +173,25 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     """Let generate capture on the CPU; returns the list of the graphs that it will make."""
     graphs: list[Graph] = []
 
-    def made() -> Graph:
-        graphs.append(Graph())
-        return graphs[-1]
+    class Made(Graph):
+        def __init__(self) -> None:
+            super().__init__()
+            graphs.append(self)
 
     def nothing(*_: Any) -> None:
         pass
 
-    stream = SimpleNamespace(wait_stream=nothing, wait_event=nothing, record_event=object)
+    class Stream:
+        def __init__(self, *_: Any) -> None:
+            self.wait_stream = self.wait_event = nothing
+            self.record_event = object
+
     doubles: dict[str, Callable[..., Any]] = {
-        "CUDAGraph": made,
+        "CUDAGraph": Made,
         "graph": recorded,
         "graph_pool_handle": object,
-        "Stream": lambda *_: stream,
-        "current_stream": lambda *_: stream,
+        "Stream": Stream,
+        "current_stream": Stream,
         "stream": lambda _: nullcontext(),
     }
     for name, double in doubles.items():
