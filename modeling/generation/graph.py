@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from swathe.modeling.cache import StaticCache
 from swathe.modeling.generation.prompt import Prompt
@@ -56,6 +57,9 @@ def _hindrance(model: nn.Module, cache: str | None) -> str | None:
         return f"the model is on {', '.join(sorted(kinds))}, and only {CAPTURING} have graphs"
     if len(devices) > 1:
         return f"the model is on {len(devices)} devices, and a graph serves one"
+    wrapped = {type(p).__name__ for p in model.parameters() if is_traceable_wrapper_subclass(p)}
+    if wrapped:
+        return f"weights are wrapped in {sorted(wrapped)}, whose addresses are not known"
     if cache != "static":
         return f"a cache that grows has no fixed addresses (cache is {cache!r}); pass 'static'"
     if model.training:
@@ -135,7 +139,8 @@ class _Captured:
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(step.generator)
-        with torch.cuda.graph(graph, pool=pool):
+        # other threads may go on using the device meanwhile
+        with torch.cuda.graph(graph, pool, side, capture_error_mode="thread_local"):
             step(model)
         return graph
 

@@ -161,7 +161,9 @@ class Recording(TorchDispatchMode):
 
 
 @contextmanager
-def recorded(graph: Graph, pool: Any = None) -> Iterator[None]:
+def recorded(
+    graph: Graph, pool: Any, stream: Any, capture_error_mode: str = "global"
+) -> Iterator[None]:
     """torch.cuda.graph, on a CPU."""
     with pytest.MonkeyPatch.context() as patch, Recording(graph):
         # ids of a CPU are looked at, those of a GPU never
