@@ -130,7 +130,7 @@ class _Run:
         B, T = prompt.ids.shape
         self.model, self.prompt, self.step, self.go = model, prompt, step, go
         self.stop, self.streamer = stop, streamer
-        self.cache = DynamicCache() if step.cache is None else step.cache
+        self.cache = DynamicCache(config=model.config) if step.cache is None else step.cache
         self.start = self.length = T
         self.end = T + max_new_tokens
         self.mask: Tensor | None = None
