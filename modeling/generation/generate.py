@@ -159,11 +159,13 @@ class _Run:
             return self._forward(cache, 0)
         if isinstance(cache, StaticCache) and cache.batch_size is not None:
             # its buffers are a graph's, for all rows
-            cache = StaticCache(self.model.config, self.start)
-        logits = self._forward(cache, 0, times)
-        cache.batch_repeat_interleave(times)
-        if isinstance(cache, StaticCache) and cache is not self.cache:
-            self.cache.take_over(cache)
+            few = StaticCache(self.model.config, self.start)
+            logits = self._forward(few, 0, times)
+            few.batch_repeat_interleave(times)
+            cache.take_over(few)
+        else:
+            logits = self._forward(cache, 0, times)
+            cache.batch_repeat_interleave(times)
         return logits.repeat_interleave(times, 0)
 
     def _forward(self, cache: DynamicCache | StaticCache, begin: int, every: int = 1) -> Tensor:

@@ -34,12 +34,12 @@ ROOM = 256
 WARM_UPS = 2  # steps before a capture: kernels are compiled, and buffers made, by the first
 
 
-def captures(asked: bool | Literal["auto"], model: nn.Module, cache: str | None) -> bool:
+def captures(asked: bool | Literal["auto"], model: Any, cache: str | None) -> bool:
     """Whether to decode with a graph; "auto" does where it can.
 
     Raises ValueError for True where something is in the way, and for other values.
     """
-    if asked not in (True, False, "auto"):
+    if type(asked) is not bool and asked != "auto":
         raise ValueError(f"cuda_graph={asked!r}; allowed: 'auto', True, False")
     reason = _hindrance(model, cache) if asked else None
     if reason is not None and asked is True:
@@ -51,6 +51,10 @@ def captures(asked: bool | Literal["auto"], model: nn.Module, cache: str | None)
 
 def _hindrance(model: nn.Module, cache: str | None) -> str | None:
     """Why a step of this model cannot be captured, and what would help."""
+    if cache != "static":
+        return (
+            f"cache_implementation={cache!r} grows, and a graph has fixed addresses; pass 'static'"
+        )
     devices = {p.device for p in model.parameters()}
     kinds = {device.type for device in devices}
     if not kinds <= {*CAPTURING}:
@@ -60,8 +64,6 @@ def _hindrance(model: nn.Module, cache: str | None) -> str | None:
     wrapped = {type(p).__name__ for p in model.parameters() if is_traceable_wrapper_subclass(p)}
     if wrapped:
         return f"weights are wrapped in {sorted(wrapped)}, whose addresses are not known"
-    if cache != "static":
-        return f"a cache that grows has no fixed addresses (cache is {cache!r}); pass 'static'"
     if model.training:
         return "the model is in training mode; call model.eval()"
     if torch.is_autocast_enabled(next(iter(kinds))):
@@ -79,7 +81,7 @@ def _hindrance(model: nn.Module, cache: str | None) -> str | None:
 
 @contextmanager
 def decoding(
-    model: nn.Module,
+    model: Any,
     policy: Policy,
     prompt: Prompt,
     room: int,
@@ -103,7 +105,7 @@ def decoding(
         graphs.keep(captured)
 
 
-def forget_graphs(model: nn.Module) -> None:
+def forget_graphs(model: Any) -> None:
     """Free the graphs of a model, and their caches."""
     _graphs.pop(model, None)
 

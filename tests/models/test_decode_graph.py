@@ -340,8 +340,8 @@ def test_what_stands_in_the_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> 
     refused(r"the model is on cpu, and only \('cuda',\) have graphs; or pass .*auto")
     refused("; allowed: 'auto', True, False", cuda_graph="always")
     made = double.install(monkeypatch)
-    refused(r"cache is None\); pass 'static'", cache_implementation=None)
-    refused(r"cache is 'dynamic'\)", cache_implementation="dynamic")
+    refused("cache_implementation=None is .* pass 'static'", cache_implementation=None)
+    refused("cache_implementation='dynamic' is no cache of fixed", cache_implementation="dynamic")
     refused(r"mode; call model.eval\(\)", model.train())
     model.eval()
     with torch.autocast("cpu"):

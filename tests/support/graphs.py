@@ -69,6 +69,11 @@ def _address(t: Tensor) -> int:
     return t.untyped_storage()._cdata
 
 
+def _identity(generator: Any) -> int:
+    # operators are given a new object for the same generator
+    return generator._cdata
+
+
 class Graph:
     """torch.cuda.CUDAGraph, on a CPU."""
 
@@ -147,8 +152,8 @@ class Recording(TorchDispatchMode):
         if func is aten.lift_fresh.default:
             raise Refused("a number of the host's becomes a tensor while a graph is captured")
         generator = kwargs.get("generator")
-        known = [own._cdata for own in self.graph.generators]
-        if generator is not None and generator._cdata not in known:
+        known = [_identity(own) for own in self.graph.generators]
+        if generator is not None and _identity(generator) not in known:
             raise Refused(f"{func} draws from a generator that the graph does not know")
 
     def _remember(self, func: Any, args: Any) -> None:
