@@ -52,9 +52,7 @@ def captures(asked: bool | Literal["auto"], model: Any, cache: str | None) -> bo
 def _hindrance(model: nn.Module, cache: str | None) -> str | None:
     """Why a step of this model cannot be captured, and what would help."""
     if cache != "static":
-        return (
-            f"cache_implementation={cache!r} grows, and a graph has fixed addresses; pass 'static'"
-        )
+        return f"cache_implementation={cache!r} is no cache of fixed addresses; pass 'static'"
     devices = {p.device for p in model.parameters()}
     kinds = {device.type for device in devices}
     if not kinds <= {*CAPTURING}:
@@ -164,7 +162,6 @@ class _Graphs:
     def __init__(self) -> None:
         self.facts: tuple[Any, ...] = ()
         self.kept: dict[tuple[Any, ...], _Captured] = {}
-        self.pool: Any = None
         self.done: Any = None
 
     def pop(self, model: nn.Module, policy: Policy, prompt: Prompt, room: int) -> _Captured:
@@ -172,14 +169,16 @@ class _Graphs:
         facts = _facts(model)
         if facts != self.facts:
             self.kept.clear()
-            self.facts, self.pool = facts, torch.cuda.graph_pool_handle()
+            self.facts = facts
         if self.done is not None:
             # the last call may have used another stream
             torch.cuda.current_stream(prompt.ids.device).wait_event(self.done)
         key = (prompt.ids.shape[0], room, policy, torch.get_float32_matmul_precision())
         if key in self.kept:
             return self.kept.pop(key)
-        return _Captured(key, model, policy, prompt, room, self.pool)
+        # memory is shared with a graph that is alive: what the last one leaves is freed
+        pool = next((held.graph.pool() for held in self.kept.values()), None)
+        return _Captured(key, model, policy, prompt, room, pool)
 
     def keep(self, captured: _Captured) -> None:
         """Keep a step for later calls; the one that was not used for longest gives way."""

@@ -18,14 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support import graphs as double
 from support.families import pair, tokens
 from support.generating import Bytes
+from support.graphs import MASK, NEW, drawn
 from swathe.modeling import forward as forward_module
 from swathe.modeling.generation import generate as generate_module
 from swathe.modeling.generation import graph as graph_module
-from swathe.modeling.generation.step import DecodeStep
 from swathe.modeling.layers import grouped
 
-NEW = 64
-MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [1, 1, 1, 1, 1, 0, 0]])
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "penalised": {"repetition_penalty": 1.3, "min_new_tokens": 40},
@@ -48,19 +46,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[double.Graph]:
 @pytest.fixture
 def model() -> Any:
     return pair("llama", "eager", num_hidden_layers=1)[1]
-
-
-def drawn(model: Any, seed: int | None = 3, **options: Any) -> Tensor:
-    """Tokens of a call on a ragged batch; `seed` None draws from the device's own generator."""
-    prompt = tokens(3, 7)
-    prompt[MASK == 0] = 0
-    if options.get("do_sample") and seed is not None:
-        options["generator"] = torch.Generator().manual_seed(seed)
-    given: dict[str, Any] = {
-        "attention_mask": MASK, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": [],
-        "cache_implementation": "static",
-    }  # fmt: skip
-    return model.generate(prompt, **{**given, **options})
 
 
 @pytest.mark.parametrize(("family", "kernels", "way"), CASES)
@@ -174,6 +159,7 @@ def test_graphs_are_kept_by_rows_room_and_policy(model: Any, made: list[double.G
         drawn(model, cuda_graph=True, **{"max_new_tokens": 4, **options})
         assert len(made) == count
     assert len(graph_module._graphs[model].kept) == graph_module.KEPT
+    assert len({id(graph.memory) for graph in made}) == 1, "they share memory"
     drawn(model, cuda_graph=True, max_new_tokens=2)  # had to give way
     assert len(made) == len(others) + 2
 
@@ -265,121 +251,53 @@ def test_a_capture_leaves_the_models_buffers(made: list[double.Graph]) -> None:
     assert model.model.rotary_emb.longest == 5 + 3
 
 
-Take = Callable[[DecodeStep, Tensor], None]
-_take = DecodeStep.take
+def on_a_gpu(family: str) -> Any:
+    own = {"moe_intermediate_size": 24} if family == "qwen3_moe" else {}
+    return pair(family, None, intermediate_size=64, **own)[1].bfloat16().cuda()
 
 
-def _asks(self: DecodeStep, logits: Tensor) -> None:
-    _take(self, logits * self.column.item())
+def drawn_on_a_gpu(model: Any, cuda_graph: Any, rows: int = 3, **options: Any) -> Tensor:
+    mask = MASK[:rows].cuda()
+    if "do_sample" in options:
+        options["generator"] = torch.Generator("cuda").manual_seed(3)
+    given: dict[str, Any] = {"max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": []}
+    return model.generate(
+        tokens(rows, 7).cuda() * mask, attention_mask=mask, cache_implementation="static",
+        cuda_graph=cuda_graph, **{**given, **options},
+    )  # fmt: skip
 
 
-def _brings_a_number(self: DecodeStep, logits: Tensor) -> None:
-    _take(self, logits + torch.tensor(0.0))
-
-
-def _draws_elsewhere(self: DecodeStep, logits: Tensor) -> None:
-    _take(self, logits + 0 * torch.rand(logits.shape, generator=torch.Generator()))
-
-
-def _chooses_rows(self: DecodeStep, logits: Tensor) -> None:
-    _take(self, logits[torch.ones(logits.shape[0], dtype=torch.bool)])
-
-
-@pytest.mark.parametrize(
-    ("take", "message"),
-    [
-        (_asks, "_local_scalar_dense.* asks the device"),
-        (_brings_a_number, "number of the host's"),
-        (_draws_elsewhere, "generator that the graph does not know"),
-        (_chooses_rows, "index.* asks the device"),
-    ],
-)
-def test_steps_that_a_gpu_would_refuse(
-    take: Take, message: str, model: Any, made: list[double.Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DecodeStep, "take", take)
-    with pytest.raises(double.Refused, match=message) as caught:
-        drawn(model, cuda_graph=True)
-    assert "cuda_graph=False needs no capture" in str(caught.value.__notes__)
-
-
-def _counts_on_the_host(self: DecodeStep, logits: Tensor) -> None:
-    self.at = getattr(self, "at", 6) + 1  # type: ignore[attr-defined]
-    _take(self, logits)
-    self.sequences[:, self.at] = self.token[:, 0]  # type: ignore[attr-defined]
-
-
-def _makes_a_buffer_anew(self: DecodeStep, logits: Tensor) -> None:
-    _take(self, logits)
-    self.token = self.token.clone()
-
-
-def test_a_number_of_the_hosts_gives_wrong_tokens(
-    model: Any, made: list[double.Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = drawn(model, cuda_graph=False)
-    monkeypatch.setattr(DecodeStep, "take", _counts_on_the_host)
-    assert not torch.equal(drawn(model, cuda_graph=True), expected)
-
-
-def test_a_buffer_made_anew_leaves_the_graph_without(
-    model: Any, made: list[double.Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(DecodeStep, "take", _makes_a_buffer_anew)
-    with pytest.raises(double.Refused, match="memory that was freed"):
-        drawn(model, cuda_graph=True)
-
-
-def test_what_stands_in_the_way(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(message: str, model: Any = model, **options: Any) -> None:
-        with pytest.raises(ValueError, match=rf"(?s)^cuda_graph=.*{message}"):
-            drawn(model, **{"cuda_graph": True, "max_new_tokens": 2, **options})
-
-    auto = drawn(model, max_new_tokens=2)
-    assert torch.equal(auto, drawn(model, max_new_tokens=2, cuda_graph=False))
-    refused(r"the model is on cpu, and only \('cuda',\) have graphs; or pass .*auto")
-    refused("; allowed: 'auto', True, False", cuda_graph="always")
-    made = double.install(monkeypatch)
-    refused("cache_implementation=None is .* pass 'static'", cache_implementation=None)
-    refused("cache_implementation='dynamic' is no cache of fixed", cache_implementation="dynamic")
-    refused(r"mode; call model.eval\(\)", model.train())
-    model.eval()
-    with torch.autocast("cpu"):
-        refused("casts weights anew in each call")
-    _, experts = pair("mixtral", None, num_hidden_layers=1)
-    refused(r"model.layers.0.mlp.experts asks the device .* needs bfloat16 weights", experts)
-    assert not made
-    drawn(experts, max_new_tokens=2)
-    drawn(model, max_new_tokens=2, cache_implementation=None)
-    drawn(model, max_new_tokens=1)  # which needs no step
-    assert not made, "auto"
-    drawn(model, max_new_tokens=2)
-    assert len(made) == 1, "auto"
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_a_gpu
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3_moe"])
 def test_a_real_graph(family: str, way: str) -> None:
-    changes = {"intermediate_size": 64, "moe_intermediate_size": 24}
-    if family != "qwen3_moe":
-        del changes["moe_intermediate_size"]
-    _, model = pair(family, None, **changes)
-    model = model.bfloat16().cuda()
-    mask = MASK.cuda()
-    prompt = tokens(3, 7).cuda() * mask
-
-    def run(cuda_graph: Any) -> Tensor:
-        options = {**WAYS[way], "attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": 0}
-        if "do_sample" in options:
-            options["generator"] = torch.Generator("cuda").manual_seed(3)
-        return model.generate(
-            prompt, eos_token_id=[], cache_implementation="static", cuda_graph=cuda_graph, **options
-        )
-
-    expected = run(False)
+    model = on_a_gpu(family)
+    expected = drawn_on_a_gpu(model, False, **WAYS[way])
     for asked in (True, "auto", True):
-        assert torch.equal(run(asked), expected)
+        assert torch.equal(drawn_on_a_gpu(model, asked, **WAYS[way]), expected)
     assert len(graph_module._graphs[model].kept) == 1
     model.forget_graphs()
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_real_graphs_take_turns_in_the_memory_they_share() -> None:
+    model = on_a_gpu("llama")
+    cases: list[dict[str, Any]] = [
+        {"rows": rows, **options}
+        for rows in (3, 1)
+        for options in ({}, {"do_sample": True, "eos_token_id": [5]})
+    ]
+    expected = [drawn_on_a_gpu(model, False, **case) for case in cases]
+    for _ in range(3):
+        for case, wanted in zip(cases, expected, strict=True):
+            assert torch.equal(drawn_on_a_gpu(model, True, **case), wanted)
+    assert len(graph_module._graphs[model].kept) == len(cases)
+    model.set_attn_implementation("eager")
+    wanted = drawn_on_a_gpu(model, False)
+    assert torch.equal(drawn_on_a_gpu(model, True), wanted)
+    assert len(graph_module._graphs[model].kept) == 1

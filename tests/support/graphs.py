@@ -24,10 +24,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.families import tokens
 from swathe.modeling import forward
 from swathe.modeling.generation import graph as graph_module
 
 aten = torch.ops.aten
+NEW = 64  # tokens that a step is repeated for
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [1, 1, 1, 1, 1, 0, 0]])
 
 
 class Refused(RuntimeError):
@@ -81,6 +84,10 @@ class Graph:
         self.calls: list[Call] = []
         self.generators: list[torch.Generator] = []
         self.replays = 0
+        self.memory: Any = None
+
+    def pool(self) -> Any:
+        return self.memory
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
@@ -170,6 +177,7 @@ def recorded(
     graph: Graph, pool: Any, stream: Any, capture_error_mode: str = "global"
 ) -> Iterator[None]:
     """torch.cuda.graph, on a CPU."""
+    graph.memory = object() if pool is None else pool
     with pytest.MonkeyPatch.context() as patch, Recording(graph):
         # ids of a CPU are looked at, those of a GPU never
         patch.setattr(forward, "_within", lambda ids, vocab_size: True)
@@ -196,7 +204,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     doubles: dict[str, Callable[..., Any]] = {
         "CUDAGraph": Made,
         "graph": recorded,
-        "graph_pool_handle": object,
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda _: nullcontext(),
@@ -205,3 +212,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         monkeypatch.setattr(torch.cuda, name, double)
     monkeypatch.setattr(graph_module, "CAPTURING", ("cpu",))
     return graphs
+
+
+def drawn(model: Any, seed: int | None = 3, **options: Any) -> Tensor:
+    """Tokens of a call on a ragged batch; `seed` None draws from the device's own generator."""
+    prompt = tokens(3, 7)
+    prompt[MASK == 0] = 0
+    if options.get("do_sample") and seed is not None:
+        options["generator"] = torch.Generator().manual_seed(seed)
+    given: dict[str, Any] = {
+        "attention_mask": MASK, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": [],
+        "cache_implementation": "static",
+    }  # fmt: skip
+    return model.generate(prompt, **{**given, **options})
