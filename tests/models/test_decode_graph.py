@@ -267,6 +267,12 @@ def drawn_on_a_gpu(model: Any, cuda_graph: Any, rows: int = 3, **options: Any) -
     )  # fmt: skip
 
 
+@pytest.fixture
+def exact_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    # products over more keys may round otherwise, and bfloat16 has ties
+    monkeypatch.setattr(graph_module, "ROOM", 1)
+
+
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -274,7 +280,7 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a 
 @needs_a_gpu
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3_moe"])
-def test_a_real_graph(family: str, way: str) -> None:
+def test_a_real_graph(family: str, way: str, exact_room: None) -> None:
     model = on_a_gpu(family)
     expected = drawn_on_a_gpu(model, False, **WAYS[way])
     for asked in (True, "auto", True):
@@ -285,7 +291,7 @@ def test_a_real_graph(family: str, way: str) -> None:
 
 @pytest.mark.gpu
 @needs_a_gpu
-def test_real_graphs_take_turns_in_the_memory_they_share() -> None:
+def test_real_graphs_take_turns_in_the_memory_they_share(exact_room: None) -> None:
     model = on_a_gpu("llama")
     cases: list[dict[str, Any]] = [
         {"rows": rows, **options}
