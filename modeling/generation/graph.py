@@ -7,8 +7,8 @@ share a graph. What a step took from the model (addresses, backends, modes, hook
 before each call, and all graphs of a model that has changed are dropped.
 
 Memory  the last KEPT graphs of a model keep their caches; `forget_graphs` frees them. What kernels
-        write besides is shared by the graphs of a model, since none needs it after its step. So calls
-        of a model may follow each other on any streams, but not run on several at once.
+        write besides is shared by the graphs of a model, since none needs it after its step. So
+        calls of a model may follow each other on any streams, but not run on several at once.
 """
 
 from __future__ import annotations
