@@ -1,5 +1,6 @@
 // The body that attention.cpp compiles for each instruction set, and the table it calls it by.
 #include "gemm.h"
+#include "sums.h"
 #include "attention_math.h"
 #include "attention_tiles.h"
 #include "attention_forward.h"

@@ -30,4 +30,14 @@ inline Isa isa() {
   return asked >= 0 && asked < best ? static_cast<Isa>(asked) : best;
 }
 
+// Whether the instructions on bf16 pairs that came after AVX-512 are there.
+inline bool has_bf16_pairs() {
+#if defined(__x86_64__)
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 }  // namespace swathe

@@ -13,6 +13,7 @@ from swathe.kernels.core.spec import Spec
 OPS = {
     "attention": "swathe.kernels.attention.api",
     "cross_entropy": "swathe.kernels.cross_entropy.api",
+    "linear": "swathe.kernels.linear.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",

@@ -18,7 +18,7 @@ import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 4  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 5  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
@@ -33,6 +33,7 @@ _SIGNATURES = {
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
     "swathe_rotary": [c_char_p],
+    "swathe_linear": [c_char_p],
     "swathe_attention_forward": [c_char_p],
     "swathe_attention_decode": [c_char_p],
     "swathe_attention_backward": [c_char_p],

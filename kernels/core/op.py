@@ -144,6 +144,13 @@ def _traced(args: tuple[Any, ...]) -> bool:
     return found
 
 
+def plain(args: tuple[Any, ...]) -> bool:
+    """Whether a kernel may read these tensors: nothing traces, and none is of a subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(a) in _PLAIN for a in args)
+
+
 def _refuse_sharded(t: Tensor) -> None:
     if type(t).__name__ == "DTensor":
         raise TypeError(
