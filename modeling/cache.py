@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention.api import Mask
+from swathe.modeling.cache_protocol import CacheNames
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.masks import opaque
 
@@ -62,7 +63,7 @@ def _grown(old: Tensor | None, new: Tensor, filled: int, needed: int) -> Tensor:
     return buffer
 
 
-class DynamicCache:
+class DynamicCache(CacheNames):
     """A cache that grows as tokens come; pass it as `past_key_values`.
 
     `update` returns views (B, K, S, D) of everything cached for a layer. They stay valid until
@@ -150,7 +151,7 @@ def _check_fits(held: Tensor, k: Tensor, layer_idx: int) -> None:
         )
 
 
-class StaticCache:
+class StaticCache(CacheNames):
     """A cache of fixed capacity; pass it as `past_key_values` under torch.no_grad().
 
     Each forward writes a row's real tokens behind those that it holds, wherever padding stood, so

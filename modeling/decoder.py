@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.cache_protocol import LayerMasks
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
@@ -121,17 +122,19 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         rotations = self.rotations(positions, hidden.dtype)
         masks: dict[int | None, Mask] = {None: mask}
+        foreign = LayerMasks.of(cache, hidden)
         residual: Tensor | None = None
         states: list[Tensor] = []
         layers: Any = self.layers
-        for layer in layers:
+        for index, layer in enumerate(layers):
             if with_states:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
                 states.append(hidden)
             window, rotation = layer.window, rotations[layer.layer_type]
             if window not in masks:
                 masks[window] = narrowed(mask, window)
-            stream = (hidden, residual, rotation, masks[window], cache)
+            seen = masks[window] if foreign is None else foreign.fit(masks[window], index)
+            stream = (hidden, residual, rotation, seen, cache)
             hidden, residual, weights, routed = run_layer(
                 layer, *stream, found.attentions is not None
             )

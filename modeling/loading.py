@@ -152,10 +152,8 @@ class LoadingMixin:
             changes["tie_word_embeddings"] = bool(shared)
         written = {k: v.detach() for k, v in tensors.items() if k not in shared}
         config = model.config.replace(**changes)
-        extra = {}
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            extra["generation_config.json"] = generation.to_json_string()
+        generation = self._generation_json()
+        extra = {} if generation is None else {"generation_config.json": generation}
         save(
             directory,
             config_json=config.to_json_string(),
@@ -167,6 +165,11 @@ class LoadingMixin:
         if push_to_hub:
             name = repo_id or Path(directory).resolve().name
             model.push_to_hub(name, max_shard_size=max_shard_size, **hub)
+
+    def _generation_json(self) -> str | None:
+        """The text of generation_config.json; None for no such file."""
+        generation = getattr(self, "generation_config", None)
+        return None if generation is None else str(generation.to_json_string())
 
 
 def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
