@@ -71,9 +71,7 @@ class LayerMasks:
         return self._made[key]
 
 
-def fitted(
-    mask: Mask, T: int, total: int, length: int, offset: int, device: torch.device
-) -> Mask:
+def fitted(mask: Mask, T: int, total: int, length: int, offset: int, device: torch.device) -> Mask:
     """A mask of T rows and `total` keys for keys offset to offset + length of them.
 
     Keys from `total` on are room that is not filled; no row sees them. Raises ValueError where the

@@ -28,7 +28,7 @@ from swathe.modeling.devices import Placement, place
 from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory, needed
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # HF options that ask for what is always so here, and the values for which that is true
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "disable_mmap": (None, True, False),
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
@@ -80,6 +81,8 @@ class LoadingMixin:
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         subfolder: str = "",
+        variant: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         progress: bool = True,
         **options: Any,
     ) -> Any:
@@ -89,17 +92,20 @@ class LoadingMixin:
         `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
         first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
         "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. Other keyword arguments replace configuration values.
+        nothing, False anything. variant: a part of the weight files' names, as in
+        model.fp16.safetensors. key_mapping: patterns in stored names and what replaces them.
+        Other keyword arguments replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
         an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
         overrides = _config_overrides(cls, options)
-        directory = local_directory(path, subfolder, **hub_options(options)) / subfolder
+        files, hub = needed(variant), hub_options(options)
+        directory = local_directory(path, subfolder, files, **hub) / subfolder
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
         stored = _unquantised(config or cls.config_class.from_pretrained(directory))
         own = stored.replace(**overrides).running(kernels, **backends)
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = Checkpoint.open(directory, variant)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         model = _on_meta(cls, own)
         placement = place(model, device_map, max_memory, chosen)
@@ -108,12 +114,11 @@ class LoadingMixin:
             checkpoint,
             placement,
             dtype=chosen,
-            ignore_missing=_patterns("missing", ignore_missing, cls, config),
-            ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
-            transforms=model._weight_transforms,
+            key_mapping=key_mapping,
+            **_ignored(ignore_missing, ignore_unexpected, cls, config),
         )
         _finish(model, report, chosen, placement, directory)
         model = model if device_map is None else attach(model, placement)
@@ -126,12 +131,14 @@ class LoadingMixin:
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        variant: str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **hub: Any,
     ) -> None:
         """Write config.json and safetensors as HF does, whole or not at all.
 
+        `variant` becomes part of the weight files' names, and others there are kept beside them.
         Tied parameters are stored once, and config.json says what is really tied. Of several
         processes with the same model, only the main one writes. With `push_to_hub`, the model is
         uploaded too, to `repo_id` or a repository named as the directory, with HubMixin's options.
@@ -159,12 +166,13 @@ class LoadingMixin:
             config_json=config.to_json_string(),
             tensors=written,
             max_shard_size=max_shard_size,
+            variant=variant,
             extra_files=extra,
             transforms=model._weight_transforms,
         )
         if push_to_hub:
             name = repo_id or Path(directory).resolve().name
-            model.push_to_hub(name, max_shard_size=max_shard_size, **hub)
+            model.push_to_hub(name, max_shard_size=max_shard_size, variant=variant, **hub)
 
     def _generation_json(self) -> str | None:
         """The text of generation_config.json; None for no such file."""
@@ -175,7 +183,7 @@ class LoadingMixin:
 def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
     """Before anything is written: options of an upload are known, and there is an upload."""
     allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
-    allowed -= {"self", "repo_id", "max_shard_size"}
+    allowed -= {"self", "repo_id", "max_shard_size", "variant"}
     for name in hub:
         if name not in allowed:
             raise TypeError(
@@ -208,14 +216,24 @@ def _read(
         device=placement.device_of,
         tied=model.tied_parameters(),
         prefix=model.base_model_prefix,
+        transforms=model._weight_transforms,
         **options,
     )
 
 
-def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
+def _ignored(
+    missing: Sequence[str], unexpected: Sequence[str], *holders: object
+) -> dict[str, tuple[str, ...]]:
     """Names to ignore: the argument's, the class's, and those a caller set on the config."""
-    name = f"_keys_to_ignore_on_load_{what}"
-    return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
+
+    def patterns(what: str, given: Sequence[str]) -> tuple[str, ...]:
+        name = f"_keys_to_ignore_on_load_{what}"
+        return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
+
+    return {
+        "ignore_missing": patterns("missing", missing),
+        "ignore_unexpected": patterns("unexpected", unexpected),
+    }
 
 
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
@@ -231,9 +249,10 @@ def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> di
             )
         if name in WITHOUT_EFFECT:
             if not any(value is allowed for allowed in WITHOUT_EFFECT[name]):
+                why = ": pickles are never read" if name == "use_safetensors" else ""
                 raise ValueError(
-                    f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported; allowed: "
-                    f"{WITHOUT_EFFECT[name]}. Leave the argument out"
+                    f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported{why}; "
+                    f"allowed: {WITHOUT_EFFECT[name]}. Leave the argument out"
                 )
         elif name not in {*fields, *HUB_OPTIONS, *ELSEWHERE}:
             near = did_you_mean(name, own | fields)

@@ -2,8 +2,8 @@
 
 The contract is HF's ModelOutput: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, iteration
 over the names of the fields that are set. A field can be set but not dropped. Names and order are
-those of HF's classes, with the cache under its older name, past_key_values; the newer name, `cache`,
-reads it as well.
+those of HF's classes, with the cache under its older name, past_key_values, which `cache`, the
+newer one, reads as well.
 """
 
 from __future__ import annotations

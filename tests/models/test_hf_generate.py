@@ -146,10 +146,7 @@ def other_assistant(model: Any) -> Any:
 def test_speculative_decoding(family: str, speculation: dict[str, Any]) -> None:
     if OLD and family in ("qwen3", "gemma2"):
         # this version cannot take tokens back from a cache of sliding layers, whoever's model it is
-        for model in models(family):
-            with pytest.raises(ValueError, match="Cannot `crop`"):
-                model.generate(**repetitive(), prompt_lookup_num_tokens=3, max_new_tokens=NEW)
-        return
+        speculation = {**speculation, CACHE: lambda model: transformers.DynamicCache()}
     expected, found = alike(family, repetitive(), **speculation)
     assert torch.equal(found, expected)
     if not speculation.get("do_sample"):
@@ -265,7 +262,7 @@ def test_what_is_missing_says_so() -> None:
         ours.generate(tokens(), temprature=0.5)
     with pytest.raises(NotImplementedError, match="'dynamic' or 'static'"):
         ours.generate(tokens(), cache_implementation="paged", max_new_tokens=2)
-    with pytest.raises(TypeError, match="no argument 'attn_mask'.*did you mean 'attention_mask'"):
+    with pytest.raises(TypeError, match=r"no argument 'attn_mask'.*did you mean 'attention_mask'"):
         ours(tokens(), attn_mask=None)
 
 

@@ -110,7 +110,9 @@ def test_caches_hold_what_transformers_models_put_there(family: str) -> None:
     for other, mine in zip(caches[0].layers, caches[1].layers, strict=True):
         torch.testing.assert_close(mine.keys, other.keys, **CLOSE)
         torch.testing.assert_close(mine.values, other.values, **CLOSE)
-    sliding = [type(layer).__name__ for layer in caches[1].layers].count("DynamicSlidingWindowLayer")
+    sliding = [type(layer).__name__ for layer in caches[1].layers].count(
+        "DynamicSlidingWindowLayer"
+    )
     assert sliding == 2
 
 
@@ -186,9 +188,9 @@ def test_quantized_caches_come_from_transformers(monkeypatch: pytest.MonkeyPatch
         cache_config={"backend": "hqq", "nbits": 4},
     )
     config = seen[0].pop("config")
-    assert seen == [{"backend": "hqq", "nbits": 4}] and config.layer_types == [
-        "sliding_attention"
-    ] * 4
+    assert (
+        seen == [{"backend": "hqq", "nbits": 4}] and config.layer_types == ["sliding_attention"] * 4
+    )
 
 
 class Last:
