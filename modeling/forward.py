@@ -65,8 +65,8 @@ def check_cache(
     if cache is not None and not all(hasattr(cache, name) for name in METHODS):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}; it must be a DynamicCache, a "
-            f"StaticCache, None, or an object with the methods {METHODS} of transformers' caches. "
-            "For keys and values of older versions, call cache.update(k, v, layer) for each layer"
+            f"StaticCache or None, or have the methods {METHODS} as transformers' caches do. For "
+            "keys and values of older versions, call cache.update(k, v, layer) for each layer"
         )
     if use_cache is None:
         use_cache = cache is not None or (model.config.use_cache and not model.training)

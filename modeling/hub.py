@@ -89,13 +89,17 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def local_directory(
-    path: str | Path, subfolder: str, files: tuple[str, ...], **options: Any
+    path: str | Path,
+    subfolder: str = "",
+    files: tuple[str, ...] | None = None,
+    **options: Any,
 ) -> Path:
     """The directory named by `path`, or a snapshot of the hub repository of that name.
 
-    Only `files` (patterns) are downloaded. `options` are those of HUB_OPTIONS. A path that exists,
-    or that cannot name a repository, is returned as it is. Raises ImportError, with the way to
-    install it, where huggingface_hub is needed and missing; else what that raises, with a note.
+    Only `files` (patterns; else `needed()`) are downloaded. `options` are those of HUB_OPTIONS. A
+    path that exists, or that cannot name a repository, is returned as it is. Raises ImportError,
+    with the way to install it, where huggingface_hub is needed and missing; else what that raises,
+    with a note.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if Path(path).exists() or not isinstance(path, str) or not _REPOSITORY.fullmatch(path):
@@ -104,7 +108,7 @@ def local_directory(
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         snapshot = hub.snapshot_download(
-            path, allow_patterns=[prefix + name for name in files], **given
+            path, allow_patterns=[prefix + name for name in files or needed()], **given
         )
     except Exception as error:
         error.add_note(
