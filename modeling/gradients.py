@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,8 @@ CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_chec
 class GradientMixin(nn.Module):
     """A layer that can be recomputed has the attribute `checkpointing`; see run_layer."""
 
+    supports_gradient_checkpointing: ClassVar[bool] = True
     _require_grads_hook: Any = None
-
-    @property
-    def supports_gradient_checkpointing(self) -> bool:
-        """Whether there are layers that can be recomputed; a class may refuse with False."""
-        return bool(self._checkpoint_layers())
 
     def gradient_checkpointing_enable(
         self,
@@ -52,9 +48,10 @@ class GradientMixin(nn.Module):
             )
         if every_n_layers < 1:
             raise ValueError(f"every_n_layers={every_n_layers} must be at least 1")
-        if not self.supports_gradient_checkpointing:
+        layers = self._checkpoint_layers()
+        if not layers or not self.supports_gradient_checkpointing:
             raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
-        for i, layer in enumerate(self._checkpoint_layers()):
+        for i, layer in enumerate(layers):
             layer.checkpointing = arguments if i % every_n_layers == 0 else None
 
     def gradient_checkpointing_disable(self) -> None:

@@ -217,7 +217,9 @@ class _Save:
         except (OSError, ValueError, RecursionError):
             return None
         pointer = config.get(POINTER) if isinstance(config, dict) else None
-        found = names.WeightFile.named(pointer) if isinstance(pointer, str) else None
+        if not isinstance(pointer, str):
+            return None
+        found = names.WeightFile.named(pointer)
         return (pointer, found) if found and found.id else None
 
     def _in_use(self) -> Iterator[str]:

@@ -8,13 +8,15 @@ caches    transformers makes its own (dynamic, sliding, offloaded, quantized; mo
           Any cache that is handed in is used.
 forward   takes `cache`, the newer name of `past_key_values`, as well.
 """
+# transformers types `self` of its mixin by a protocol that only its own models meet
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from inspect import signature
@@ -113,7 +115,8 @@ class HFGenerate(_Theirs):
     ) -> bool:
         # with another static cache a forward waits for its length, which breaks the graph
         ours = isinstance(model_kwargs.get(CACHE), StaticCache)
-        return ours and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        theirs: Any = super()
+        return ours and bool(theirs._valid_auto_compile_criteria(model_kwargs, generation_config))
 
     def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
         """`__call__` compiled as the transformers.CompileConfig says; kept until that changes."""
@@ -122,7 +125,7 @@ class HFGenerate(_Theirs):
             self._compiled = wanted, torch.compile(self.__call__, **wanted)
         return self._compiled[1]
 
-    def _optimize_model_for_decode(self) -> AbstractContextManager[None]:
+    def _optimize_model_for_decode(self) -> Any:
         return nullcontext()  # it switches how transformers' own experts run
 
     @classmethod
@@ -207,11 +210,12 @@ def new_cache(config: Any, kind: str | None, room: int, options: Any) -> Any:
     `room` is what a static one holds; `options` the GenerationConfig, for its cache_config.
     """
     windows = [config.window(i) for i in range(config.num_hidden_layers)]
-    theirs = transformers.PretrainedConfig(
-        num_hidden_layers=len(windows),
-        layer_types=[FULL if window is None else SLIDING for window in windows],
-        sliding_window=next((window for window in windows if window is not None), None),
-    )
+    layers: dict[str, Any] = {
+        "num_hidden_layers": len(windows),
+        "layer_types": [FULL if window is None else SLIDING for window in windows],
+        "sliding_window": next((window for window in windows if window is not None), None),
+    }
+    theirs = transformers.PretrainedConfig(**layers)
     if kind == "quantized":
         given = dict(options.cache_config or {})
         given.setdefault("config", theirs)
@@ -226,7 +230,9 @@ def new_cache(config: Any, kind: str | None, room: int, options: Any) -> Any:
 @lru_cache
 def _class_of(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (HFGenerate, cls), names)
+    metaclass: Any = type(cls)
+    made: type[PreTrainedModel] = metaclass(cls.__name__, (HFGenerate, cls), names)
+    return made
 
 
 def _rebuilt(cls: type[PreTrainedModel]) -> PreTrainedModel:

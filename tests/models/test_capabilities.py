@@ -19,7 +19,6 @@ from swathe.modeling.auto import model_class
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.families.bert.modeling_bert import BertModel
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
-from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM
 from swathe.modeling.layers.attention import SelfAttention
 from swathe.modeling.layers.mlp import GatedMLP
 from swathe.modeling.model import PreTrainedModel
@@ -98,7 +97,7 @@ def test_flags_agree_with_the_backends_and_with_switching(family: str, narrow: N
             with pytest.raises((UnsupportedFeature, BackendUnavailable)) as caught:
                 model.set_attn_implementation(name)
             assert str(caught.value) == refusal
-    assert model._supports_attention_backend and model.supports_gradient_checkpointing
+    assert model._supports_attention_backend
 
 
 def test_flags_follow_what_the_model_is(narrow: None) -> None:
@@ -135,12 +134,12 @@ def test_compiling_without_a_break(family: str) -> None:
 
 
 def test_a_backend_that_no_graph_holds() -> None:
-    given = {"load": lambda: None, "op": "rms_norm", "name": "breaks"}
-    promises = {"devices": frozenset({"cpu", "cuda"}), "dtypes": FLOATS}
+    given: dict[str, Any] = {"load": lambda: None, "op": "rms_norm", "name": "breaks"}
+    promises: dict[str, Any] = {"devices": frozenset({"cpu", "cuda"}), "dtypes": FLOATS}
     names = ("casting", "residual", "weight_dtype")
-    features = dict.fromkeys(names, ANY)
-    record = Capabilities(**promises, features=features, graph_capture=False)  # type: ignore[arg-type]
-    register_backend(Backend(**given, capabilities=record))  # type: ignore[arg-type]
+    features: dict[str, str] = dict.fromkeys(names, ANY)
+    record = Capabilities(**promises, features=features, graph_capture=False)
+    register_backend(Backend(**given, capabilities=record))
     try:
         model = build("llama")
         assert model._can_compile_fullgraph
@@ -186,9 +185,7 @@ def test_a_model_from_a_notebook_switches() -> None:
         assert model.attention.choice.backend == name
         out[name] = model(hidden, lambda q, k: (q, k))
     torch.testing.assert_close(out["eager"], out["sdpa"], atol=1e-5, rtol=1e-5)
-    assert not model.supports_gradient_checkpointing
 
     plain = Without(LlamaConfig(**TINY))
     assert not plain._supports_attention_backend and not plain._supports_sdpa
     assert plain._can_compile_fullgraph
-    assert LlamaForCausalLM(LlamaConfig(**TINY)).supports_gradient_checkpointing

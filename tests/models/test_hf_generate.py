@@ -92,12 +92,8 @@ def test_everything_that_a_dict_returns(family: str) -> None:
         zip(found.hidden_states, expected.hidden_states, strict=True)
     ):
         torch.testing.assert_close(mine[-1][1], other[-1][1], atol=1e-4, rtol=1e-4)
-        shapes = [[w.shape for w in weights[step]] for weights in _attentions(found, expected)]
+        shapes = [[w.shape for w in out.attentions[step]] for out in (found, expected)]
         assert shapes[0] == shapes[1]
-
-
-def _attentions(*outputs: Any) -> list[Any]:
-    return [output.attentions for output in outputs]
 
 
 def test_scores_of_beams() -> None:
@@ -147,10 +143,10 @@ def test_speculative_decoding(family: str, speculation: dict[str, Any]) -> None:
     if OLD and family in ("qwen3", "gemma2"):
         # this version cannot take tokens back from a cache of sliding layers, whoever's model it is
         speculation = {**speculation, CACHE: lambda model: transformers.DynamicCache()}
-    expected, found = alike(family, repetitive(), **speculation)
+    expected, found = alike(family, repetitive(), eos_token_id=2, **speculation)
     assert torch.equal(found, expected)
     if not speculation.get("do_sample"):
-        plain, _ = alike(family, repetitive())
+        plain, _ = alike(family, repetitive(), eos_token_id=2)
         assert torch.equal(found, plain)
 
 
@@ -184,7 +180,7 @@ def test_own_processors_and_criteria_and_a_streamer() -> None:
             return scores.index_fill(-1, torch.arange(50, 99), -torch.inf)
 
     class AfterFour(transformers.StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 13)
 
     class Seen(list[Any]):
@@ -241,7 +237,7 @@ def test_a_static_step_is_compiled_where_transformers_would(
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", compile_eagerly)
-    settings = transformers.CompileConfig()
+    settings: Any = transformers.CompileConfig()
     settings._compile_all_devices = True
     for inputs in (left_padded(), {"input_ids": tokens(2, 9)}):
         expected, found = alike(
@@ -267,12 +263,14 @@ def test_what_is_missing_says_so() -> None:
 
 
 def test_a_file_decides_as_it_does_in_transformers(tmp_path: Path) -> None:
-    theirs, _ = pair("llama", "eager")
-    theirs.generation_config.update(
+    made, _ = pair("llama", "eager")
+    made.generation_config.update(
         do_sample=True, temperature=0.6, top_p=0.8, eos_token_id=[3, 4, 70], pad_token_id=9
     )
-    theirs.save_pretrained(tmp_path)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    made.save_pretrained(tmp_path)
+    theirs: Any = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
     ours = swathe.hf.with_generate(LlamaForCausalLM.from_pretrained(tmp_path, kernels="eager"))
     assert ours.generation_config == theirs.generation_config
     found = []
@@ -309,7 +307,7 @@ def _tiny() -> dict[str, Any]:
 
 
 def test_the_model_stays_what_it_is_and_comes_back() -> None:
-    model = LlamaForCausalLM(LlamaConfig(**_tiny(), pad_token_id=0)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**_tiny(), pad_token_id=0)).eval()
     expected = model.generate(tokens(), max_new_tokens=4)
     before = str(model)
     bridged = swathe.hf.with_generate(model)
@@ -342,6 +340,7 @@ def test_a_pickled_model_keeps_the_bridge(tmp_path: Path) -> None:
 
 def test_only_language_models_of_swathe() -> None:
     theirs, _ = models("llama")
-    for other in (theirs, LlamaModel(LlamaConfig(**_tiny())), torch.nn.Linear(2, 2)):
+    others: list[Any] = [theirs, LlamaModel(LlamaConfig(**_tiny())), torch.nn.Linear(2, 2)]
+    for other in others:
         with pytest.raises(TypeError, match=f"given a {type(other).__name__}; it takes"):
             swathe.hf.with_generate(other)

@@ -20,7 +20,7 @@ from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.cache_protocol import METHODS, KeyValueCache, LayerMasks, fitted
 from swathe.modeling.hf.generate import CACHE, new_cache
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: Any = {"atol": 1e-5, "rtol": 1e-5}
 LENGTH = 13  # past the tiny families' windows of 5
 STEPS = {"prompt first": [8, *[1] * 5], "in pieces": [3, 2, 5, 1, 2]}
 
@@ -53,7 +53,8 @@ def padded(side: str | None) -> Tensor | None:
 
 @torch.no_grad()
 def in_steps(family: str, cache: Any, steps: list[int], mask: Tensor | None, attn: str) -> Tensor:
-    ids, logits, begin = tokens(2, LENGTH), [], 0
+    ids, begin, out = tokens(2, LENGTH), 0, None
+    logits: list[Tensor] = []
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     for step in steps:
         end = begin + step
@@ -65,7 +66,7 @@ def in_steps(family: str, cache: Any, steps: list[int], mask: Tensor | None, att
         )
         logits.append(out.logits)
         begin = end
-    assert out.past_key_values is cache
+    assert out is not None and out.past_key_values is cache
     return torch.cat(logits, 1)
 
 
@@ -101,7 +102,7 @@ def test_their_caches_on_every_backend(family: str, attn: str) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_caches_hold_what_transformers_models_put_there(family: str) -> None:
     theirs, ours = pair(family, "eager")
-    caches = [transformers.DynamicCache(config=theirs.config) for _ in range(2)]
+    caches: list[Any] = [transformers.DynamicCache(config=theirs.config) for _ in range(2)]
     for one, cache in zip((theirs, ours), caches, strict=True):
         name = CACHE if one is theirs else "past_key_values"
         with torch.no_grad():
