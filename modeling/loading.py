@@ -88,19 +88,17 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        path: else a hub repository (modeling/hub.py), read with the options `revision`, `token`,
-        `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
-        first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
-        "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. variant: a part of the weight files' names, as in
-        model.fp16.safetensors. key_mapping: patterns in stored names and what replaces them.
-        Other keyword arguments replace configuration values.
+        path: else a hub repository (hub.py), with `revision`, `token`, `cache_dir` and others.
+        dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
+        device_map: a device, a dict of modules and devices, or "auto" (devices.py). strict: "head"
+        lets parameters of a new head be missing, True nothing, False anything. variant: of weight
+        files, as in model.fp16.safetensors. key_mapping: patterns in stored names and what replaces
+        them. Other keyword arguments replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
         an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
         overrides = _config_overrides(cls, options)
-        files, hub = needed(variant), hub_options(options)
-        directory = local_directory(path, subfolder, files, **hub) / subfolder
+        directory = _directory(path, subfolder, variant, options)
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
         stored = _unquantised(config or cls.config_class.from_pretrained(directory))
@@ -115,13 +113,12 @@ class LoadingMixin:
             placement,
             dtype=chosen,
             strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
             key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             **_ignored(ignore_missing, ignore_unexpected, cls, config),
         )
-        _finish(model, report, chosen, placement, directory)
-        model = model if device_map is None else attach(model, placement)
+        _finish(model, report, chosen, placement, directory, hooks=device_map is not None)
         return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
     def save_pretrained(
@@ -195,6 +192,14 @@ def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, 
             f"save_pretrained: {sorted(hub) or ['repo_id']} say how to publish, but push_to_hub is "
             "False; pass push_to_hub=True or leave them out"
         )
+
+
+def _directory(
+    path: str | Path, subfolder: str, variant: str | None, options: dict[str, Any]
+) -> Path:
+    """Where the files are; takes the options of a download out of `options`."""
+    hub = hub_options(options)
+    return local_directory(path, subfolder, needed(variant), **hub) / subfolder
 
 
 def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -313,6 +318,8 @@ def _finish(
     dtype: torch.dtype,
     placement: Placement,
     directory: Path,
+    *,
+    hooks: bool,
 ) -> None:
     """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
     model.load_report = report
@@ -327,6 +334,8 @@ def _finish(
     model._adopt(model._kernel_policy)
     if model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if hooks:
+        attach(model, placement)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 import swathe.hf
-from support.families import FAMILIES, pair, tokens
+from support.families import FAMILIES, TINY, pair, tokens
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from swathe.modeling.generation.generate import GenerateOutput
@@ -180,7 +180,9 @@ def test_own_processors_and_criteria_and_a_streamer() -> None:
             return scores.index_fill(-1, torch.arange(50, 99), -torch.inf)
 
     class AfterFour(transformers.StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        def __call__(  # type: ignore[override]
+            self, input_ids: Tensor, scores: Tensor, **kwargs: Any
+        ) -> Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 13)
 
     class Seen(list[Any]):
@@ -281,7 +283,7 @@ def test_a_file_decides_as_it_does_in_transformers(tmp_path: Path) -> None:
 
 
 def test_saving_is_unaffected(tmp_path: Path) -> None:
-    plain = LlamaForCausalLM(LlamaConfig(**_tiny()))
+    plain = _plain()
     for step, own in enumerate((None, {"eos_token_id": [3, 4], "temperature": 0.5})):
         if own is not None:
             file = tmp_path / "0" / "generation_config.json"
@@ -300,18 +302,17 @@ def test_saving_is_unaffected(tmp_path: Path) -> None:
         swathe.hf.without_generate(bridged)
 
 
-def _tiny() -> dict[str, Any]:
-    from support.families import TINY
-
-    return dict(TINY)
+def _plain(**changes: Any) -> Any:
+    """A model without the bridge."""
+    return LlamaForCausalLM(LlamaConfig(**TINY, **changes)).eval()
 
 
 def test_the_model_stays_what_it_is_and_comes_back() -> None:
-    model: Any = LlamaForCausalLM(LlamaConfig(**_tiny(), pad_token_id=0)).eval()
+    model = _plain(pad_token_id=0)
     expected = model.generate(tokens(), max_new_tokens=4)
     before = str(model)
     bridged = swathe.hf.with_generate(model)
-    assert bridged is model and isinstance(model, LlamaForCausalLM) and str(model) == before
+    assert bridged is model and isinstance(bridged, LlamaForCausalLM) and str(model) == before
     assert swathe.hf.with_generate(model) is model
     assert isinstance(model.generate, Callable) and "num_beams" not in vars(model)
     assert torch.equal(model.generate(tokens(), max_new_tokens=4), expected)
@@ -340,7 +341,7 @@ def test_a_pickled_model_keeps_the_bridge(tmp_path: Path) -> None:
 
 def test_only_language_models_of_swathe() -> None:
     theirs, _ = models("llama")
-    others: list[Any] = [theirs, LlamaModel(LlamaConfig(**_tiny())), torch.nn.Linear(2, 2)]
+    others: list[Any] = [theirs, LlamaModel(LlamaConfig(**TINY)), torch.nn.Linear(2, 2)]
     for other in others:
         with pytest.raises(TypeError, match=f"given a {type(other).__name__}; it takes"):
             swathe.hf.with_generate(other)
