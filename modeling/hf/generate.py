@@ -95,12 +95,15 @@ class HFGenerate(_Theirs):
     ) -> None:
         kind = generation_config.cache_implementation
         given = model_kwargs.get(CACHE)
-        if given is not None or not generation_config.use_cache:
-            if given is not None and kind is not None:
+        if given is not None:
+            if kind is not None:
                 raise ValueError(
                     f"generate was given a {type(given).__name__} and cache_implementation="
                     f"{kind!r}; pass one of them"
                 )
+            given._is_user_defined = True  # the loops then leave it as the caller expects it
+            return
+        if generation_config.use_cache is False:
             return
         longest = getattr(generation_config, "max_cache_len", None) or 0
         cache = new_cache(self.config, kind, max(max_cache_length, longest), generation_config)
