@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.config import PreTrainedConfig, read_config
 from swathe.modeling.errors import ConfigError
-from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
+from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory, needed
 from swathe.modeling.model import PreTrainedModel
 
 FAMILIES = Path(__file__).parent / "families"
@@ -138,7 +138,8 @@ class _AutoModel:
         Options as for PreTrainedModel.from_pretrained.
         """
         config, subfolder = options.get("config"), options.get("subfolder", "")
-        path = local_directory(path, subfolder, **hub_options(options))
+        files = needed(options.get("variant"))
+        path = local_directory(path, subfolder, files, **hub_options(options))
         if config is None:
             config = AutoConfig.from_pretrained(path, subfolder=subfolder)
         chosen = model_class(config.model_type, cls.head, config.architectures)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache_layers import GrowingLayer, SlidingLayer
+from swathe.modeling.cache_protocol import CacheNames
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.masks import opaque
 
 
-class DynamicCache:
+class DynamicCache(CacheNames):
     """A cache that grows as tokens come; pass it as `past_key_values`.
 
     `update` returns views (B, K, S, D) of everything cached for a layer. They stay valid until
@@ -37,6 +38,7 @@ class DynamicCache:
         self._layers: list[GrowingLayer] = []
         window, layers = getattr(config, "window", None), getattr(config, "num_hidden_layers", 0)
         self._windows: list[int | None] = [window(i) for i in range(layers)] if window else []
+        self.is_croppable = not any(self.is_sliding)
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -126,7 +128,7 @@ def _check_fits(held: Tensor, k: Tensor, layer_idx: int) -> None:
         )
 
 
-class StaticCache:
+class StaticCache(CacheNames):
     """A cache of fixed capacity; pass it as `past_key_values` under torch.no_grad().
 
     Each forward writes a row's real tokens behind those that it holds, wherever padding stood, so

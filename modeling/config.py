@@ -205,9 +205,18 @@ class PreTrainedConfig(metaclass=_ConfigType):
         self.id2label = _labels(count)
         self.label2id = {v: k for k, v in self.id2label.items()}
 
-    def get_text_config(self) -> Self:
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """Itself: text models have no sub-configurations."""
         return self
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """As transformers' generate reads it."""
+        return self.attn_implementation
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """None: fields are checked, so that nothing about generation can have been put here."""
+        return {}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated like a new one."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.cache_protocol import LayerMasks
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
@@ -121,17 +122,20 @@ class DecoderModel(DecoderPreTrainedModel):
         )
         rotations = self.rotations(positions, hidden.dtype)
         masks: dict[tuple[int | None, int], Mask] = {(None, 0): mask}
+        foreign = LayerMasks.of(cache, hidden)
         residual: Tensor | None = None
         states: list[Tensor] = []
         layers: Any = self.layers
-        for layer in layers:
+        for index, layer in enumerate(layers):
             if with_states:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
                 states.append(hidden)
-            rotation, sees = rotations[layer.layer_type], (layer.window, passed_by(layer, cache))
+            rotation = rotations[layer.layer_type]
+            sees = layer.window, 0 if foreign is not None else passed_by(layer, cache)
             if sees not in masks:
                 masks[sees] = narrowed(mask, *sees)
-            stream = (hidden, residual, rotation, masks[sees], cache)
+            seen = masks[sees] if foreign is None else foreign.fit(masks[sees], index)
+            stream = (hidden, residual, rotation, seen, cache)
             hidden, residual, weights, routed = run_layer(
                 layer, *stream, found.attentions is not None
             )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.cache_protocol import METHODS
 from swathe.modeling.masks import causal_mask
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.packing import (
@@ -61,11 +62,11 @@ def check_cache(
 
     Raises TypeError for tuples of older versions, ValueError together with checkpointing.
     """
-    if cache is not None and not hasattr(cache, "get_seq_length"):
+    if cache is not None and not all(hasattr(cache, name) for name in METHODS):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}; it must be a DynamicCache, a "
-            "StaticCache or None. For keys and values of older versions, call "
-            "cache.update(k, v, layer) for each layer"
+            f"StaticCache or None, or have the methods {METHODS} as transformers' caches do. For "
+            "keys and values of older versions, call cache.update(k, v, layer) for each layer"
         )
     if use_cache is None:
         use_cache = cache is not None or (model.config.use_cache and not model.training)
@@ -119,7 +120,7 @@ def mask_and_positions(
         if position_ids is not None:
             positions = positions_after(0, hidden, position_ids)
         return mask, positions
-    past = cache.get_seq_length() if cache is not None else 0
+    past = int(cache.get_seq_length()) if cache is not None else 0
     positions = positions_after(past, hidden, position_ids)
     if packed and attention_mask is None and position_ids is not None:
         mask = mask_of_positions(positions)

@@ -13,19 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from swathe.modeling.checkpoint import names
+
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
 
 # "gpt2" or "organisation/name": what the hub allows, and nothing that can leave a directory
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 CONFIG_ONLY = ("config.json",)
-_NEEDED = (
-    *CONFIG_ONLY,
-    "generation_config.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-)
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -51,6 +46,7 @@ class HubMixin:
         revision: str | None = None,
         create_pr: bool = False,
         max_shard_size: int | str = "5GB",
+        variant: str | None = None,
         tags: list[str] | None = None,
     ) -> str:
         """Upload what `save_pretrained` writes to a repository, made where it is missing.
@@ -67,7 +63,7 @@ class HubMixin:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         wanted = list(dict.fromkeys((*(self.model_tags or ()), *(tags or ()))))
         with TemporaryDirectory() as directory:
-            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            model.save_pretrained(directory, max_shard_size=max_shard_size, variant=variant)
             if wanted:
                 card = Path(directory, "README.md")
                 card.write_text(_card(hub, api, repo_id, wanted, token), encoding="utf-8")
@@ -82,19 +78,28 @@ class HubMixin:
         return str(done)
 
 
+def needed(variant: str | None = None) -> tuple[str, ...]:
+    """What of a repository a model is read from, as patterns."""
+    return *CONFIG_ONLY, "generation_config.json", *names.patterns(variant)
+
+
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take those of HUB_OPTIONS out of `options`."""
     return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
 
 
 def local_directory(
-    path: str | Path, subfolder: str = "", files: tuple[str, ...] = _NEEDED, **options: Any
+    path: str | Path,
+    subfolder: str = "",
+    files: tuple[str, ...] | None = None,
+    **options: Any,
 ) -> Path:
     """The directory named by `path`, or a snapshot of the hub repository of that name.
 
-    Only `files` (patterns) are downloaded. `options` are those of HUB_OPTIONS. A path that exists,
-    or that cannot name a repository, is returned as it is. Raises ImportError, with the way to
-    install it, where huggingface_hub is needed and missing; else what that raises, with a note.
+    Only `files` (patterns; else `needed()`) are downloaded. `options` are those of HUB_OPTIONS. A
+    path that exists, or that cannot name a repository, is returned as it is. Raises ImportError,
+    with the way to install it, where huggingface_hub is needed and missing; else what that raises,
+    with a note.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if Path(path).exists() or not isinstance(path, str) or not _REPOSITORY.fullmatch(path):
@@ -103,7 +108,7 @@ def local_directory(
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     try:
         snapshot = hub.snapshot_download(
-            path, allow_patterns=[prefix + name for name in files], **given
+            path, allow_patterns=[prefix + name for name in files or needed()], **given
         )
     except Exception as error:
         error.add_note(

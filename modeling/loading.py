@@ -28,7 +28,7 @@ from swathe.modeling.devices import Placement, place
 from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory, needed
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 # HF options that ask for what is always so here, and the values for which that is true
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "disable_mmap": (None, True, False),
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
@@ -80,27 +81,30 @@ class LoadingMixin:
         ignore_mismatched_sizes: bool = False,
         output_loading_info: bool = False,
         subfolder: str = "",
+        variant: str | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         progress: bool = True,
         **options: Any,
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        path: else a hub repository (modeling/hub.py), read with the options `revision`, `token`,
-        `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
-        first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
-        "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. Other arguments are `__init__`'s, or replace configuration values.
+        path: else a hub repository (hub.py), with `revision`, `token`, `cache_dir` and others.
+        dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
+        device_map: a device, a dict of modules and devices, or "auto" (devices.py). strict: "head"
+        lets parameters of a new head be missing, True nothing, False anything. variant: of weight
+        files, as in model.fp16.safetensors. key_mapping: patterns in stored names and what replaces
+        them. Other arguments are `__init__`'s, or replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
         an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
         built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
         overrides = _config_overrides(cls, options)
-        directory = local_directory(path, subfolder, **hub_options(options)) / subfolder
+        directory = _directory(path, subfolder, variant, options)
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
         stored = _unquantised(config or cls.config_class.from_pretrained(directory))
         own = stored.replace(**overrides).running(kernels, **backends)
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = Checkpoint.open(directory, variant)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         model = _on_meta(cls, own, **built_with)
         placement = place(model, device_map, max_memory, chosen)
@@ -109,15 +113,13 @@ class LoadingMixin:
             checkpoint,
             placement,
             dtype=chosen,
-            ignore_missing=_patterns("missing", ignore_missing, cls, config),
-            ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
             strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
-            transforms=model._weight_transforms,
+            key_mapping=key_mapping,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **_ignored(ignore_missing, ignore_unexpected, cls, config),
         )
-        _finish(model, report, chosen, placement, directory)
-        model = model if device_map is None else attach(model, placement)
+        _finish(model, report, chosen, placement, directory, hooks=device_map is not None)
         return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
 
     def save_pretrained(
@@ -127,12 +129,14 @@ class LoadingMixin:
         max_shard_size: int | str = "5GB",
         state_dict: Mapping[str, Tensor] | None = None,
         is_main_process: bool = True,
+        variant: str | None = None,
         push_to_hub: bool = False,
         repo_id: str | None = None,
         **hub: Any,
     ) -> None:
         """Write config.json and safetensors as HF does, whole or not at all.
 
+        `variant` becomes part of the weight files' names, and others there are kept beside them.
         Tied parameters are stored once, and config.json says what is really tied. Of several
         processes with the same model, only the main one writes. With `push_to_hub`, the model is
         uploaded too, to `repo_id` or a repository named as the directory, with HubMixin's options.
@@ -153,27 +157,31 @@ class LoadingMixin:
             changes["tie_word_embeddings"] = bool(shared)
         written = {k: v.detach() for k, v in tensors.items() if k not in shared}
         config = model.config.replace(**changes)
-        extra = {}
-        generation = getattr(model, "generation_config", None)
-        if generation is not None:
-            extra["generation_config.json"] = generation.to_json_string()
+        generation = self._generation_json()
+        extra = {} if generation is None else {"generation_config.json": generation}
         save(
             directory,
             config_json=config.to_json_string(),
             tensors=written,
             max_shard_size=max_shard_size,
+            variant=variant,
             extra_files=extra,
             transforms=model._weight_transforms,
         )
         if push_to_hub:
             name = repo_id or Path(directory).resolve().name
-            model.push_to_hub(name, max_shard_size=max_shard_size, **hub)
+            model.push_to_hub(name, max_shard_size=max_shard_size, variant=variant, **hub)
+
+    def _generation_json(self) -> str | None:
+        """The text of generation_config.json; None for no such file."""
+        generation = getattr(self, "generation_config", None)
+        return None if generation is None else str(generation.to_json_string())
 
 
 def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
     """Before anything is written: options of an upload are known, and there is an upload."""
     allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
-    allowed -= {"self", "repo_id", "max_shard_size"}
+    allowed -= {"self", "repo_id", "max_shard_size", "variant"}
     for name in hub:
         if name not in allowed:
             raise TypeError(
@@ -185,6 +193,14 @@ def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, 
             f"save_pretrained: {sorted(hub) or ['repo_id']} say how to publish, but push_to_hub is "
             "False; pass push_to_hub=True or leave them out"
         )
+
+
+def _directory(
+    path: str | Path, subfolder: str, variant: str | None, options: dict[str, Any]
+) -> Path:
+    """Where the files are; takes the options of a download out of `options`."""
+    hub = hub_options(options)
+    return local_directory(path, subfolder, needed(variant), **hub) / subfolder
 
 
 def _on_meta(
@@ -208,14 +224,24 @@ def _read(
         device=placement.device_of,
         tied=model.tied_parameters(),
         prefix=model.base_model_prefix,
+        transforms=model._weight_transforms,
         **options,
     )
 
 
-def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
+def _ignored(
+    missing: Sequence[str], unexpected: Sequence[str], *holders: object
+) -> dict[str, tuple[str, ...]]:
     """Names to ignore: the argument's, the class's, and those a caller set on the config."""
-    name = f"_keys_to_ignore_on_load_{what}"
-    return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
+
+    def patterns(what: str, given: Sequence[str]) -> tuple[str, ...]:
+        name = f"_keys_to_ignore_on_load_{what}"
+        return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
+
+    return {
+        "ignore_missing": patterns("missing", missing),
+        "ignore_unexpected": patterns("unexpected", unexpected),
+    }
 
 
 def _init_arguments(cls: type[PreTrainedModel]) -> set[str]:
@@ -237,9 +263,10 @@ def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> di
             )
         if name in WITHOUT_EFFECT:
             if not any(value is allowed for allowed in WITHOUT_EFFECT[name]):
+                why = ": pickles are never read" if name == "use_safetensors" else ""
                 raise ValueError(
-                    f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported; allowed: "
-                    f"{WITHOUT_EFFECT[name]}. Leave the argument out"
+                    f"{cls.__name__}.from_pretrained: {name}={value!r} is not supported{why}; "
+                    f"allowed: {WITHOUT_EFFECT[name]}. Leave the argument out"
                 )
         elif name not in {*fields, *HUB_OPTIONS, *ELSEWHERE}:
             near = did_you_mean(name, own | fields)
@@ -300,6 +327,8 @@ def _finish(
     dtype: torch.dtype,
     placement: Placement,
     directory: Path,
+    *,
+    hooks: bool,
 ) -> None:
     """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
     model.load_report = report
@@ -314,6 +343,8 @@ def _finish(
     model._adopt(model._kernel_policy)
     if model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    if hooks:
+        attach(model, placement)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
+from swathe.modeling.capabilities import CapabilityMixin
 from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.config_fields import dtype_named
@@ -46,7 +47,13 @@ class _ModelType(type(nn.Module)):  # type: ignore[misc]
 
 
 class PreTrainedModel(
-    LoadingMixin, HubMixin, ResizingMixin, DispatchMixin, GradientMixin, metaclass=_ModelType
+    LoadingMixin,
+    HubMixin,
+    ResizingMixin,
+    DispatchMixin,
+    GradientMixin,
+    CapabilityMixin,
+    metaclass=_ModelType,
 ):
     """Base of all models.
 

@@ -2,7 +2,8 @@
 
 The contract is HF's ModelOutput: `out.logits`, `out["logits"]`, `out[0]`, `out[:2]`, iteration
 over the names of the fields that are set. A field can be set but not dropped. Names and order are
-those of HF's classes, with the cache under its older name, past_key_values.
+those of HF's classes, with the cache under its older name, past_key_values, which `cache`, the
+newer one, reads as well.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class ModelOutput:
         return tuple((name, getattr(self, name)) for name in self.keys())
 
     to_tuple = values
+
+    @property
+    def cache(self) -> Any:
+        """past_key_values, by the name that it has in newer versions of transformers."""
+        return getattr(self, "past_key_values", None)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by its name, or `default` where it is not set."""
+        found = self.cache if name == "cache" else dict(self.items()).get(name)
+        return default if found is None else found
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):

@@ -160,6 +160,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "hf":  # not in __all__: a star import shall not need transformers
+        return import_module("swathe.hf")
     home = _HOME.get(name)
     if home is None and name[:1].isupper():
         families = import_module("swathe.modeling.families")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swathe.modeling.checkpoint import json_object
+from swathe.modeling.checkpoint import json_object, names
 from swathe.modeling.checkpoint.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -22,21 +22,21 @@ from swathe.modeling.checkpoint.files import (
 )
 from swathe.modeling.checkpoint.header import Header, TensorInfo, read_header
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 POINTER = "transformers_weights"
 INDEX_CAP = 64 * 2**20
 _INDEX_SHAPE = "an object with 'weight_map': {tensor name: file name}"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def read_layout(directory: Path) -> tuple[list[Header], dict[str, Any]]:
+def read_layout(directory: Path, variant: str | None = None) -> tuple[list[Header], dict[str, Any]]:
     """Every weight file of `directory`, validated, and the index's metadata.
 
     config.json may name the file to read in `transformers_weights`, as transformers allows; else
-    it is model.safetensors or model.safetensors.index.json. Raises CheckpointError.
+    it is model.safetensors or model.safetensors.index.json, with the variant's name in them
+    (names.py). Raises CheckpointError, ValueError for a variant that is no part of a file name.
     """
-    name = _explicit_name(directory) or _default_name(directory)
+    names.require_variant(variant)
+    name = _explicit_name(directory) or _default_name(directory, variant)
     if name.endswith(".json"):
         return _sharded(directory, name)
     return [read_header(resolve_inside(directory, name), directory / name)], {}
@@ -69,41 +69,59 @@ def _present(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def _default_name(directory: Path) -> str:
-    single, index = _present(directory / SINGLE), _present(directory / INDEX)
-    if single and index:
-        shards = set(_weight_map(directory, INDEX)[0].values())
-        if any(_present(directory / shard) for shard in shards - {SINGLE}):
+def _default_name(directory: Path, variant: str | None) -> str:
+    single, index = names.single(variant), names.index(variant)
+    has_single, has_index = _present(directory / single), _present(directory / index)
+    if has_single and has_index:
+        shards = set(_weight_map(directory, index)[0].values())
+        if any(_present(directory / shard) for shard in shards - {single}):
             raise CheckpointError(
                 "E_AMBIGUOUS",
-                f"{directory}: holds both {SINGLE} and {INDEX} with its shards; delete the ones "
+                f"{directory}: holds both {single} and {index} with its shards; delete the ones "
                 "that are out of date",
-                file=directory / SINGLE,
+                file=directory / single,
             )
         warnings.warn(
-            f"{directory / INDEX} is out of date (none of its shards exist) and is ignored; "
-            f"{SINGLE} is read. Delete the index.",
+            f"{directory / index} is out of date (none of its shards exist) and is ignored; "
+            f"{single} is read. Delete the index.",
             CheckpointWarning,
             stacklevel=2,
         )
-    if single:
-        return SINGLE
-    if index:
-        return INDEX
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    if has_single:
+        return single
+    if has_index:
+        return index
+    raise _nothing_to_read(directory, variant)
+
+
+def _nothing_to_read(directory: Path, variant: str | None) -> CheckpointError:
+    """What is there instead: other variants, pickles, or something else altogether."""
+    single, index = names.single(variant), names.index(variant)
+    there = sorted(p.name for p in directory.iterdir())
+    found = [names.WeightFile.named(name) for name in there]
+    others = sorted({f.variant for f in found if f and not f.id}, key=str)
+    if others:
+        return CheckpointNotFound(
+            "E_MISSING_FILE",
+            f"{directory}: has neither {single} nor {index}; the weights there can be read with "
+            + " or ".join(f"variant={other!r}" for other in others),
+            file=directory / single,
+        )
+    pickles = [name for name in there if name.endswith(_PICKLES)]
     if pickles:
-        raise CheckpointError(
+        given = "dir" if variant is None else f"dir, variant={variant!r}"
+        return CheckpointError(
             "E_PICKLE",
             f"{directory}: has only pickled weights ({listing(pickles, limit=4)}); only "
             ".safetensors is read, because unpickling can run code. If you trust it, convert with "
-            "transformers: AutoModelForCausalLM.from_pretrained(dir).save_pretrained(dir)",
+            f"transformers: AutoModelForCausalLM.from_pretrained({given}).save_pretrained({given})",
             file=directory / pickles[0],
         )
-    raise CheckpointNotFound(
+    return CheckpointNotFound(
         "E_MISSING_FILE",
-        f"{directory}: has neither {SINGLE} nor {INDEX}; it holds "
-        f"{listing(sorted(p.name for p in directory.iterdir()), limit=8) or 'nothing'}",
-        file=directory / SINGLE,
+        f"{directory}: has neither {single} nor {index}; it holds "
+        f"{listing(there, limit=8) or 'nothing'}",
+        file=directory / single,
     )
 
 
@@ -153,7 +171,12 @@ def _sharded(directory: Path, index: str) -> tuple[list[Header], dict[str, Any]]
     real = {shard: resolve_inside(directory, shard) for shard in shards}
     headers = [read_header(path, directory / shard) for shard, path in real.items()]
     _check_against_index(headers, weight_map, directory / index)
-    stray = sorted(p.name for p in directory.glob("model-*-of-*.safetensors") if p.name not in real)
+    own = names.WeightFile.named(index)
+    stray = sorted(
+        p.name
+        for p in directory.glob("model*-of-*.safetensors")
+        if p.name not in real and own is not None and names.WeightFile.named(p.name) == own
+    )
     if stray:
         warnings.warn(
             f"{directory}: {listing(stray)} is not named in {index} and is ignored",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,10 @@ class Checkpoint:
     identities: Mapping[Path, Identity]
 
     @classmethod
-    def open(cls, directory: str | Path) -> Checkpoint:
+    def open(cls, directory: str | Path, variant: str | None = None) -> Checkpoint:
         """Find and validate the weight files of `directory` without reading a tensor.
 
+        `variant` is part of their names, as in model.fp16.safetensors (names.py).
         Raises CheckpointError with a code (E_PATH, E_SAFETENSORS, E_INDEX, E_MISSING_SHARD, ...)
         and the file at fault; CheckpointNotFound, also a FileNotFoundError, where nothing is there.
         """
@@ -59,7 +61,7 @@ class Checkpoint:
                 f"{directory}: is a file; give the directory that holds it",
                 file=directory,
             )
-        headers, metadata = read_layout(directory)
+        headers, metadata = read_layout(directory, variant)
         tensors = {name: info for header in headers for name, info in header.tensors.items()}
         if not tensors:
             raise CheckpointError(
@@ -73,6 +75,38 @@ class Checkpoint:
             types.MappingProxyType(metadata or dict(headers[0].metadata)),
             {header.file: header.identity for header in headers},
         )
+
+    def renamed(self, mapping: Mapping[str, str] | None) -> Mapping[str, TensorInfo]:
+        """`tensors` under other names: of each pattern in turn, the first match is replaced.
+
+            checkpoint.renamed({r"^transformer\\.h\\.": "model.layers."})
+
+        Raises CheckpointError (E_DUPKEY) where two names become one, ValueError for a pattern that
+        is no regular expression.
+        """
+        if not mapping:
+            return self.tensors
+        tensors: dict[str, TensorInfo] = {}
+        for stored, info in self.tensors.items():
+            name = stored
+            for pattern, new in mapping.items():
+                try:
+                    name = re.sub(pattern, new, name, count=1)
+                except (re.error, IndexError) as error:
+                    raise ValueError(
+                        f"key_mapping: {pattern!r}: {new!r} is no pattern and what replaces it "
+                        f"({error}); write it as for re.sub"
+                    ) from None
+            if name in tensors:
+                raise CheckpointError(
+                    "E_DUPKEY",
+                    f"{info.file}: key_mapping gives {tensors[name].name!r} and {stored!r} the "
+                    f"same name {name!r}; make its patterns narrower",
+                    file=info.file,
+                    key=stored,
+                )
+            tensors[name] = info
+        return tensors
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored dtype, on the CPU, in memory of its own.
@@ -121,6 +155,7 @@ def load_into(
     ignore_mismatched_sizes: bool = False,
     check_finite: bool = True,
     progress: bool = True,
+    key_mapping: Mapping[str, str] | None = None,
     transforms: Sequence[WeightTransform] = (),
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
@@ -129,16 +164,18 @@ def load_into(
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
     the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
     `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
+    `key_mapping` renames stored tensors first, as Checkpoint.renamed.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
     stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
     way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
     E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
     _check_options(dtype, strict)
-    assembly = Assembly(model.state_dict(keep_vars=True), checkpoint.tensors, transforms, prefix)
+    stored = checkpoint.renamed(key_mapping)
+    assembly = Assembly(model.state_dict(keep_vars=True), stored, transforms, prefix)
     result = match(
         assembly.wanted,
-        checkpoint.tensors,
+        stored,
         directory=checkpoint.directory,
         tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,

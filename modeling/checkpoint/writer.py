@@ -13,6 +13,10 @@ has one, and model.safetensors or its index otherwise. Over an existing checkpoi
 Until 2 the old checkpoint is untouched; from 2 on every reader gets the new one. In a directory
 without a checkpoint the weights are renamed into place and config.json comes last.
 An error before the commit deletes what was written; after it, the next save sweeps up.
+
+A variant has weights of its own beside the others' (names.py) and shares config.json with them:
+from 2 to 4, readers of every variant get the new weights. A save that finds another variant's left
+there by a crash first does 3 for it, since from its own 2 on nothing would name them any more.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +32,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from swathe.modeling.checkpoint import json_object
+from swathe.modeling.checkpoint import json_object, names
 from swathe.modeling.checkpoint.files import require_plain_name
-from swathe.modeling.checkpoint.layout import INDEX, POINTER, SINGLE
+from swathe.modeling.checkpoint.layout import POINTER
 from swathe.modeling.checkpoint.serialize import (
     Shard,
     check_tensors,
@@ -43,10 +46,6 @@ from swathe.modeling.checkpoint.serialize import (
 )
 from swathe.modeling.checkpoint.transforms import WeightTransform, to_stored
 
-_OURS = re.compile(
-    r"model(-(?P<id>[0-9a-f]{12}))?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-    r"|\..+\.(?P<tmp>[0-9a-f]{12})\.tmp"
-)
 _SLACK = 1 << 16  # config, index and directory entries
 
 
@@ -56,12 +55,14 @@ def save(
     config_json: str,
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "5GB",
+    variant: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     transforms: Sequence[WeightTransform] = (),
 ) -> list[Path]:
     """Write config.json and `tensors` in the Hugging Face layout; return the weight files.
 
     Shards have at most `max_shard_size` bytes of data ("5GB" is decimal, "5GiB" binary).
+    `variant` is part of the weight files' names; those of other variants stay.
     `extra_files` (such as generation_config.json) are replaced one by one after the commit.
     `transforms` turn `tensors`, as the model has them, into what is stored.
     Raises ValueError (config_json, tensors, names), NotADirectoryError, BlockingIOError (another
@@ -72,18 +73,19 @@ def save(
         raise NotADirectoryError(
             errno.ENOTDIR, f"{directory} is a file; give a directory to save the checkpoint in"
         )
+    names.require_variant(variant)
     config = _final_config(directory, config_json)
     extra = dict(extra_files or {})
     for name in extra:
         require_plain_name(name, file=directory, key="extra_files")
-        if name == "config.json" or _OURS.fullmatch(name):
+        if name == "config.json" or names.WeightFile.named(name):
             raise ValueError(f"extra_files has {name!r}, a name that save itself writes")
     check_tensors(tensors)
     shards = split_into_shards(to_stored(tensors, transforms), parse_size(max_shard_size))
 
     made = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    save_ = _Save(directory, config, extra)
+    save_ = _Save(directory, config, extra, variant)
     try:
         with _only_writer(directory):
             save_.run(shards)
@@ -102,8 +104,15 @@ def save(
 class _Save:
     """One run of the protocol above; `created` lists the files to delete if it fails."""
 
-    def __init__(self, directory: Path, config: str, extra: Mapping[str, str | bytes]):
+    def __init__(
+        self,
+        directory: Path,
+        config: str,
+        extra: Mapping[str, str | bytes],
+        variant: str | None,
+    ):
         self.directory = directory
+        self.variant = variant
         self.config = config
         self.extra = extra
         self.id = secrets.token_hex(6)
@@ -113,16 +122,17 @@ class _Save:
         self.names: list[str] = []
 
     def run(self, shards: list[Shard]) -> None:
-        names = ("config.json", SINGLE, INDEX)
-        self.fresh = not any((self.directory / name).exists() for name in names)
+        single, index = names.single(self.variant), names.index(self.variant)
+        there = ("config.json", single, index)
+        self.fresh = not any((self.directory / name).exists() for name in there)
         self._sweep(keep={*self._in_use()}, staged_only=True)
+        self._settle_another()
         need = sum(len(header_bytes(s)) + sum(t.nbytes for t in s.values()) for s in shards)
         _require_space(self.directory, need + len(self.config) + _SLACK)
 
         count = len(shards)
-        numbers = [f"-{i + 1:05d}-of-{count:05d}" if count > 1 else "" for i in range(count)]
-        staged = [f"model-{self.id}{number}.safetensors" for number in numbers]
-        self.names = [f"model{number}.safetensors" for number in numbers]
+        staged = names.shards(count, self.variant, self.id)
+        self.names = names.shards(count, self.variant)
         for name, shard in zip(staged, shards, strict=True):
             self.created.append(self.directory / name)
             write_safetensors(self.directory / name, shard)
@@ -133,14 +143,14 @@ class _Save:
         for old, new in zip(staged, self.names, strict=True):
             self._place(old, new)
         if count > 1:
-            self._put(INDEX, _index(shards, self.names))
-        self._remove(SINGLE if count > 1 else INDEX)
+            self._put(index, _index(shards, self.names))
+        self._remove(single if count > 1 else index)
         for name, content in self.extra.items():
             self._put(name, content)
         _sync_directory(self.directory)
         self._put("config.json", self.config)
         _sync_directory(self.directory)
-        self._sweep(keep={*self.names, INDEX if count > 1 else SINGLE}, staged_only=False)
+        self._sweep(keep={*self.names, index if count > 1 else single}, staged_only=False)
 
     def is_committed(self) -> bool:
         """Over an old checkpoint: does config.json, or did it ever, name the new weights?"""
@@ -153,7 +163,7 @@ class _Save:
     def _commit(self, shards: list[Shard], staged: list[str]) -> None:
         pointer = staged[0]
         if len(staged) > 1:
-            pointer = f"model-{self.id}.safetensors.index.json"
+            pointer = names.staged_index(self.variant, self.id)
             self._put(pointer, _index(shards, staged))
         _sync_directory(self.directory)
         config = {**json.loads(self.config), POINTER: pointer}
@@ -200,23 +210,51 @@ class _Save:
     def _remove(self, name: str) -> None:
         (self.directory / name).unlink(missing_ok=True)
 
-    def _in_use(self) -> Iterator[str]:
-        """Staged files that the present config.json still points at, after an earlier crash."""
+    def _pointer(self) -> tuple[str, names.WeightFile] | None:
+        """What the present config.json points at, after an earlier crash: staged weights."""
         try:
             config = json.loads((self.directory / "config.json").read_bytes())
         except (OSError, ValueError, RecursionError):
-            return
+            return None
         pointer = config.get(POINTER) if isinstance(config, dict) else None
-        found = _OURS.fullmatch(pointer) if isinstance(pointer, str) else None
-        if found and found["id"]:
-            yield from (p.name for p in self.directory.glob(f"model-{found['id']}*"))
+        if not isinstance(pointer, str):
+            return None
+        found = names.WeightFile.named(pointer)
+        return (pointer, found) if found and found.id else None
+
+    def _in_use(self) -> Iterator[str]:
+        """The staged files that the present config.json still needs."""
+        found = self._pointer()
+        if found:
+            yield from (p.name for p in self.directory.glob(f"model-{found[1].id}*"))
+
+    def _settle_another(self) -> None:
+        """Step 3 for the staged weights of another variant, if config.json points at such."""
+        found = self._pointer()
+        if not found or found[1].variant == self.variant:
+            return
+        pointer, variant = found[0], found[1].variant
+        single, index = names.single(variant), names.index(variant)
+        if not pointer.endswith(".json"):
+            self._place(pointer, single)
+            self._remove(index)
+            return
+        content = json.loads((self.directory / pointer).read_bytes())
+        staged = sorted(set(content["weight_map"].values()))
+        usual = dict(zip(staged, names.shards(len(staged), variant), strict=True))
+        for old, new in usual.items():
+            self._place(old, new)
+        content["weight_map"] = {key: usual[name] for key, name in content["weight_map"].items()}
+        self._put(index, json.dumps(content, indent=2) + "\n")
+        self._remove(single)
 
     def _sweep(self, *, keep: set[str], staged_only: bool) -> None:
+        """Delete staged files that nothing needs, and stale ones of this variant."""
         for path in self.directory.iterdir():
-            found = _OURS.fullmatch(path.name)
+            found = names.WeightFile.named(path.name)
             if not found or path.name in keep or (path.is_dir() and not path.is_symlink()):
                 continue
-            if found["id"] or found["tmp"] or not staged_only:
+            if found.id or (not staged_only and found.variant == self.variant):
                 path.unlink(missing_ok=True)
 
 

@@ -1,0 +1,29 @@
+"""Where swathe meets transformers: the only code that imports it.
+
+    with_generate(model)      gives one of our models transformers' `generate`
+    without_generate(model)   takes it away again
+
+Importing this package needs transformers 5.10 or newer, and says so where that is missing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from swathe.modeling.hf.installed import require
+
+if TYPE_CHECKING:
+    from swathe.modeling.hf.generate import with_generate, without_generate
+
+_HOME = {"with_generate": "generate", "without_generate": "generate"}
+
+__all__ = ["with_generate", "without_generate"]
+
+require()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
