@@ -20,6 +20,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import (
+    captures,
     check_cache,
     checked_embeddings,
     keep_logits,
@@ -113,7 +114,8 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> Encoded:
         """All that a forward finds; arguments as `forward`."""
         with_states = wants(self, "output_hidden_states", output_hidden_states)
-        found = Encoded([] if wants(self, "output_attentions", output_attentions) else None)
+        capture = captures(self, output_attentions)
+        found = Encoded([] if capture else None)
         hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         cache = found.cache = check_cache(self, past_key_values, use_cache)
         mask, positions = mask_and_positions(
@@ -132,9 +134,7 @@ class DecoderModel(DecoderPreTrainedModel):
             if window not in masks:
                 masks[window] = narrowed(mask, window)
             stream = (hidden, residual, rotation, masks[window], cache)
-            hidden, residual, weights, routed = run_layer(
-                layer, *stream, found.attentions is not None
-            )
+            hidden, residual, weights, routed = run_layer(layer, *stream, capture)
             if found.attentions is not None and weights is not None:
                 found.attentions.append(weights)
             if routed is not None:
@@ -164,7 +164,8 @@ class DecoderModel(DecoderPreTrainedModel):
         documents in a row are told apart as modeling/packing.py says. Layers with a sliding window
         apply it on top.
         `use_cache` defaults to the configuration's in eval mode and to False in training;
-        attention weights exist on backend "eager" only, elsewhere asking for them raises.
+        attention weights exist on backend "eager" only, elsewhere asking for them raises, unless
+        `config.attn_capture` has them recomputed.
         """
         found = self.encode(
             input_ids,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.layers.capture import Capture
 from swathe.modeling.masks import causal_mask
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.packing import (
@@ -20,6 +21,12 @@ from swathe.modeling.packing import (
 def wants(model: PreTrainedModel, name: str, given: bool | None) -> bool:
     """An argument of forward, or the configuration's value where it is None."""
     return getattr(model.config, name) if given is None else given
+
+
+def captures(model: PreTrainedModel, output_attentions: bool | None) -> Capture:
+    """What attention is told of its weights: False, True, or how the configuration gets them."""
+    asked = wants(model, "output_attentions", output_attentions)
+    return (model.config.attn_capture or True) if asked else False
 
 
 def checked_embeddings(

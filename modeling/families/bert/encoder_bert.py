@@ -12,17 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swathe.kernels.attention.api import (
-    AttentionSpec,
-    Mask,
-    attention,
-    attention_with_weights,
-    resolve_attention,
-)
-from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.attention.api import AttentionSpec, Mask, resolve_attention
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.layers.activations import ACT2FN
+from swathe.modeling.layers.capture import Capture, attend
 from swathe.modeling.layers.layer_norm import LayerNorm
 from swathe.modeling.policy import KernelModule
 
@@ -92,30 +86,19 @@ class BertSelfAttention(KernelModule):
         return resolve_attention(weight, self.head_dim, implementation, dropout=dropout)
 
     def forward(
-        self, hidden: Tensor, mask: Mask, output_attentions: bool = False
+        self, hidden: Tensor, mask: Mask, output_attentions: Capture = False
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden), and the weights (B, H, T, T) where they are asked for.
 
-        Raises UnsupportedFeature for weights on a backend other than "eager".
+        Raises UnsupportedFeature for weights that the backend cannot give, see `attend`.
         """
         B, T, _ = hidden.shape
         q, k, v = (
             project(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
             for project in (self.query, self.key, self.value)
         )
-        dropout, weights = self.dropout if self.training else 0.0, None
-        if output_attentions:
-            if self.choice.backend != "eager":
-                raise UnsupportedFeature(
-                    f"output_attentions=True: attention backend {self.choice.backend!r} never "
-                    'forms the weights; only "eager" does. Call '
-                    'model.set_attn_implementation("eager") first'
-                )
-            o, weights = attention_with_weights(q, k, v, AttentionSpec(mask, self.scaling, dropout))
-        else:
-            o = attention(
-                q, k, v, mask, scale=self.scaling, dropout=dropout, implementation=self.choice
-            )
+        spec = AttentionSpec(mask, self.scaling, self.dropout if self.training else 0.0)
+        o, weights = attend(q, k, v, spec, self.choice, output_attentions)
         return o.reshape(B, T, -1), weights
 
     def extra_repr(self) -> str:
@@ -146,7 +129,7 @@ class BertAttention(nn.Module):
         self.output = BertOutput(config, config.hidden_size)
 
     def forward(
-        self, hidden: Tensor, mask: Mask, output_attentions: bool = False
+        self, hidden: Tensor, mask: Mask, output_attentions: Capture = False
     ) -> tuple[Tensor, Tensor | None]:
         """The normed sum (B, T, hidden), and the weights where they are asked for."""
         attended, weights = self.self(hidden, mask, output_attentions)
@@ -178,7 +161,7 @@ class BertLayer(nn.Module):
         self.checkpointing: dict[str, Any] | None = None
 
     def forward(
-        self, hidden: Tensor, mask: Mask, output_attentions: bool = False
+        self, hidden: Tensor, mask: Mask, output_attentions: Capture = False
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, hidden), and the attention weights where they are asked for.
 
@@ -199,7 +182,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, hidden: Tensor, mask: Mask, output_attentions: bool, output_hidden_states: bool
+        self, hidden: Tensor, mask: Mask, output_attentions: Capture, output_hidden_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
         """The last state, all states from the embeddings on, and the weights of every layer."""
         states: tuple[Tensor, ...] | None = (hidden,) if output_hidden_states else None

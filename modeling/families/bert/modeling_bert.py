@@ -15,7 +15,7 @@ from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.families.bert.encoder_bert import BertEmbeddings, BertEncoder, BertPooler
-from swathe.modeling.forward import checked_embeddings, positions_after, wants
+from swathe.modeling.forward import captures, checked_embeddings, positions_after, wants
 from swathe.modeling.heads import answers
 from swathe.modeling.layers.activations import ACT2FN
 from swathe.modeling.layers.layer_norm import LayerNorm
@@ -105,7 +105,8 @@ class BertModel(BertPreTrainedModel):
 
         `attention_mask` takes every form in modeling/masks.py. `token_type_ids` and `position_ids`
         are (B, T) or (1, T); without them all types are 0 and positions count from 0. Attention
-        weights exist on backend "eager" only, elsewhere asking for them raises.
+        weights exist on backend "eager" only, elsewhere asking for them raises, unless
+        `config.attn_capture` has them recomputed.
         Raises ValueError or TypeError for what does not fit, also for more tokens than positions.
         """
         words = checked_embeddings(self.embeddings.word_embeddings, input_ids, inputs_embeds)
@@ -118,7 +119,7 @@ class BertModel(BertPreTrainedModel):
         hidden, states, attentions = self.encoder(
             self.embeddings(words, positions, token_type_ids),
             bidirectional_mask(attention_mask, words),
-            wants(self, "output_attentions", output_attentions),
+            captures(self, output_attentions),
             wants(self, "output_hidden_states", output_hidden_states),
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
