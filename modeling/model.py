@@ -26,6 +26,7 @@ from swathe.modeling.hub import HubMixin
 from swathe.modeling.layers.norm import RMSNorm
 from swathe.modeling.loading import LoadingMixin
 from swathe.modeling.masks import opaque
+from swathe.modeling.out_of_memory import explain
 from swathe.modeling.packing import Packing
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy, KernelReport, kernel_modules
 from swathe.modeling.resizing import ResizingMixin
@@ -87,14 +88,21 @@ class PreTrainedModel(
         self.config = config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """forward; an argument that it does not take is named together with the nearest one."""
+        """forward; an argument that it does not take is named together with the nearest one.
+
+        An out-of-memory error leaves with a note: an estimate for these inputs, and ways out.
+        """
         if not self._arguments.issuperset(kwargs):
             unknown = next(k for k in kwargs if k not in self._arguments)
             raise TypeError(
                 f"{type(self).__name__}.forward has no argument {unknown!r}"
                 f"{did_you_mean(unknown, self._arguments)}; allowed: {sorted(self._arguments)}"
             )
-        return super().__call__(*args, **kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            explain(self, error, args, kwargs)
+            raise
 
     def post_init(self) -> None:
         """Initialise, tie, choose kernels. Runs by itself after `__init__`; harmless to repeat."""

@@ -1,4 +1,4 @@
-"""Every family as torch sees it: exported, compiled for training, its captured tensors in autograd."""
+"""Every family as torch sees it: exported, compiled for training, captured states in autograd."""
 
 from __future__ import annotations
 
