@@ -223,7 +223,8 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         """Logits (B, T, V), of the last `logits_to_keep` tokens only where that is above 0.
 
         With `labels` (B, T) the loss of predicting each next token, see losses.causal_lm_loss. In
-        training with `loss_implementation` set, the loss never forms the logits: they are None.
+        training with `loss_implementation` set, the loss never forms the logits: they are None,
+        unless `logits_to_keep` asks for some.
         Other arguments as the body's forward.
         """
         body = self.model(
@@ -264,7 +265,8 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
             "num_items_in_batch": num_items_in_batch,
             "shift_labels": shift_labels,
         }
-        fused = self.config.loss_implementation if asked and self.training else None
+        all_tokens = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        fused = self.config.loss_implementation if asked and self.training and all_tokens else None
         softcap = self.config.logit_softcap
         if fused is not None:
             return None, linear_causal_lm_loss(
