@@ -2,8 +2,8 @@
 
 Three rules. A wrong name, type or range raises when the configuration is made. config.json comes
 in and goes out as HF writes it; keys of a file that no field knows are kept in `extra`. How a model
-runs (`attn_implementation` and its like, `kernels`, `rope_length`) is never read from or written to
-a file.
+runs (`attn_implementation` and its like, `kernels`, `rope_length`, `attn_capture`) is never read
+from or written to a file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUNTIME = (
     "loss_implementation",
     "kernels",
 )
-NOT_IN_FILES = (*RUNTIME, "rope_length")
+NOT_IN_FILES = (*RUNTIME, "rope_length", "attn_capture")
 ALIASES = {"torch_dtype": "dtype", "rope_scaling": "rope_parameters"}
 _DERIVED: Any = type("derived", (), {"__repr__": lambda self: "derived"})()
 
@@ -88,6 +88,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
     rope_implementation: str | None = None
     mlp_implementation: str | None = None
     loss_implementation: str | None = None
+    attn_capture: typing.Literal["recompute"] | None = None
     kernels: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import (
+    captures,
     check_cache,
     checked_embeddings,
     keep_logits,
@@ -114,7 +115,8 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> Encoded:
         """All that a forward finds; arguments as `forward`."""
         with_states = wants(self, "output_hidden_states", output_hidden_states)
-        found = Encoded([] if wants(self, "output_attentions", output_attentions) else None)
+        capture = captures(self, output_attentions)
+        found = Encoded([] if capture else None)
         hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         cache = found.cache = check_cache(self, past_key_values, use_cache)
         mask, positions = mask_and_positions(
@@ -136,9 +138,7 @@ class DecoderModel(DecoderPreTrainedModel):
                 masks[sees] = narrowed(mask, *sees)
             seen = masks[sees] if foreign is None else foreign.fit(masks[sees], index)
             stream = (hidden, residual, rotation, seen, cache)
-            hidden, residual, weights, routed = run_layer(
-                layer, *stream, found.attentions is not None
-            )
+            hidden, residual, weights, routed = run_layer(layer, *stream, capture)
             if found.attentions is not None and weights is not None:
                 found.attentions.append(weights)
             if routed is not None:
@@ -168,7 +168,8 @@ class DecoderModel(DecoderPreTrainedModel):
         documents in a row are told apart as modeling/packing.py says. Layers with a sliding window
         apply it on top.
         `use_cache` defaults to the configuration's in eval mode and to False in training;
-        attention weights exist on backend "eager" only, elsewhere asking for them raises.
+        attention weights exist on backend "eager" only, elsewhere asking for them raises, unless
+        `config.attn_capture` has them recomputed.
         """
         found = self.encode(
             input_ids,
@@ -226,7 +227,8 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         """Logits (B, T, V), of the last `logits_to_keep` tokens only where that is above 0.
 
         With `labels` (B, T) the loss of predicting each next token, see losses.causal_lm_loss. In
-        training with `loss_implementation` set, the loss never forms the logits: they are None.
+        training with `loss_implementation` set, the loss never forms the logits: they are None,
+        unless `logits_to_keep` asks for some.
         Other arguments as the body's forward.
         """
         body = self.model(
@@ -267,7 +269,8 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
             "num_items_in_batch": num_items_in_batch,
             "shift_labels": shift_labels,
         }
-        fused = self.config.loss_implementation if asked and self.training else None
+        all_tokens = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        fused = self.config.loss_implementation if asked and self.training and all_tokens else None
         softcap = self.config.logit_softcap
         if fused is not None:
             return None, linear_causal_lm_loss(

@@ -36,7 +36,7 @@ ARGUMENTS = {
     "start_positions": "(B,), the first token of each answer",
     "end_positions": "(B,), the last token of each answer",
     "use_cache": f"whether to return a cache; {_CONFIG} in eval mode, False in training",
-    "output_attentions": f"return the attention weights (backend 'eager' only); {_CONFIG}",
+    "output_attentions": f"return the attention weights, see layers/capture.py; {_CONFIG}",
     "output_hidden_states": f"return the states between layers; {_CONFIG}",
     "output_router_logits": f"return the routers' logits and the balancing loss; {_CONFIG}",
     "return_dict": f"an output object rather than a tuple; {_CONFIG}, which is True by default",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.cache_protocol import METHODS
-from swathe.modeling.masks import causal_mask
+from swathe.modeling.layers.capture import Capture
+from swathe.modeling.masks import causal_mask, looked_at
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.packing import (
     Packing,
@@ -23,12 +24,19 @@ def wants(model: PreTrainedModel, name: str, given: bool | None) -> bool:
     return getattr(model.config, name) if given is None else given
 
 
+def captures(model: PreTrainedModel, output_attentions: bool | None) -> Capture:
+    """What attention is told of its weights: False, True, or how the configuration gets them."""
+    asked = wants(model, "output_attentions", output_attentions)
+    return (model.config.attn_capture or True) if asked else False
+
+
 def checked_embeddings(
     embed: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None
 ) -> Tensor:
     """(B, T, hidden) from exactly one of ids (B, T) and vectors.
 
-    Raises ValueError for both, none, a wrong shape, or on a CPU an id outside the vocabulary.
+    Raises ValueError for both, none, a wrong shape, or an id outside the vocabulary; that is
+    searched for on a CPU, elsewhere under `swathe.debug()`.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -45,8 +53,7 @@ def checked_embeddings(
             f"input_ids is {input_ids.dtype} with shape {tuple(input_ids.shape)}; it must hold "
             "whole numbers in two dimensions (batch, tokens). Use input_ids[None] for one sequence"
         )
-    readable = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and input_ids.numel() and not _within(input_ids, embed.num_embeddings):
+    if looked_at(input_ids) and not _within(input_ids, embed.num_embeddings):
         raise ValueError(
             f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}; the "
             f"vocabulary has vocab_size={embed.num_embeddings}, so ids must be 0 to "

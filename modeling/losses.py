@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.linear_cross_entropy.api import linear_cross_entropy
+from swathe.modeling.masks import looked_at
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -49,8 +50,9 @@ def token_loss(
     """Cross-entropy of every token with its own label: masked language models, token classes.
 
     Shapes: logits (B, T, V), labels (B, T). Rounding, mean and the case without labels as in
-    causal_lm_loss. Raises ValueError where shapes do not fit or, on a CPU, for a label that is
-    neither `ignore_index` nor one of 0 to V - 1.
+    causal_lm_loss. Raises ValueError where shapes do not fit and for a label that is neither
+    `ignore_index` nor one of 0 to V - 1, which is searched for on a CPU, elsewhere under
+    `swathe.debug()`.
     """
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -139,7 +141,7 @@ def _cross_entropy(
 ) -> Tensor:
     """Of rows (N, V) at targets (N,): the mean over those not ignored, or the sum over `items`."""
     targets, counted, count = targets.long(), targets != ignore_index, wide.shape[-1]
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if looked_at(targets):
         outside = targets[counted & ((targets < 0) | (targets >= count))]
         if len(outside):
             raise ValueError(
@@ -166,9 +168,8 @@ def linear_causal_lm_loss(
     """`causal_lm_loss(head(hidden), labels)` whose logits never exist as a whole.
 
     Shapes: hidden (B, T, hidden_size); the rest as causal_lm_loss. `softcap` c turns logits z into
-    c tanh(z / c). The head must be an nn.Linear as
-    torch runs it: an adapter, a hook or a patched forward would be passed over, so each raises
-    UnsupportedFeature, naming what was found.
+    c tanh(z / c). The head must be an nn.Linear as torch runs it: an adapter, a hook or a patched
+    forward would be passed over, so each raises UnsupportedFeature, naming what was found.
     """
     weight, bias = plain_projection(head)
     targets = labels if shift_labels is None else shift_labels

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention.api import Mask
+from swathe.kernels.core.debug import debugging
 
 
 def causal_mask(given: Tensor | Mask | None, hidden: Tensor, past: int) -> Mask:
@@ -102,6 +103,11 @@ def opaque(mask: Tensor) -> bool:
         or mask.numel() == 0
         or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def looked_at(values: Tensor) -> bool:
+    """Whether values that do not fit are searched for: on a CPU, elsewhere under swathe.debug()."""
+    return (values.device.type == "cpu" or debugging()) and not opaque(values)
 
 
 def _two_dimensional(mask: Tensor, B: int, T: int, S: int) -> Tensor:

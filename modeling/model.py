@@ -27,11 +27,13 @@ from swathe.modeling.hub import HubMixin
 from swathe.modeling.layers.norm import RMSNorm
 from swathe.modeling.loading import LoadingMixin
 from swathe.modeling.masks import opaque
+from swathe.modeling.out_of_memory import explain
 from swathe.modeling.packing import Packing
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy, KernelReport, kernel_modules
 from swathe.modeling.resizing import ResizingMixin
 
 logger = logging.getLogger(__name__)
+_OLDER_NAMES = {"past_key_value": "past_key_values"}
 _inside_a_repr: ContextVar[bool] = ContextVar("_inside_a_repr", default=False)
 # ids of a forward that shows whether a model runs, padding among them
 _DUMMY_IDS = ((7, 6, 0, 0, 1), (1, 2, 3, 0, 0), (0, 0, 0, 4, 5))
@@ -75,6 +77,7 @@ class PreTrainedModel(
     generation_config: Any = None
     load_report: LoadReport | None = None
     _warned_of_padding: bool = False
+    _warned_of_names: bool = False
     _kernel_policy: KernelPolicy
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -94,14 +97,35 @@ class PreTrainedModel(
         self.config = config
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """forward; an argument that it does not take is named together with the nearest one."""
+        """forward; an argument that it does not take is named together with the nearest one.
+
+        An out-of-memory error leaves with a note: an estimate for these inputs, and ways out.
+        """
         if not self._arguments.issuperset(kwargs):
-            unknown = next(k for k in kwargs if k not in self._arguments)
-            raise TypeError(
-                f"{type(self).__name__}.forward has no argument {unknown!r}"
-                f"{did_you_mean(unknown, self._arguments)}; allowed: {sorted(self._arguments)}"
-            )
-        return super().__call__(*args, **kwargs)
+            kwargs = self._renamed(kwargs)
+        try:
+            return super().__call__(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            explain(self, error, args, kwargs)
+            raise
+
+    def _renamed(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of forward by the names that it has, from those of older versions."""
+        for old, new in _OLDER_NAMES.items():
+            if old in given and new in self._arguments and new not in given:
+                given = {new if name == old else name: value for name, value in given.items()}
+                if not self._warned_of_names:
+                    self._warned_of_names = True
+                    logger.warning(
+                        "%s is an older name of %s, which is what it is read as", old, new
+                    )
+        for name in given:
+            if name not in self._arguments:
+                raise TypeError(
+                    f"{type(self).__name__}.forward has no argument {name!r}"
+                    f"{did_you_mean(name, self._arguments)}; allowed: {sorted(self._arguments)}"
+                )
+        return given
 
     def post_init(self) -> None:
         """Initialise, tie, choose kernels. Runs by itself after `__init__`; harmless to repeat."""

@@ -8,7 +8,7 @@ newer one, reads as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -23,6 +23,10 @@ def _with_keys(out: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return [(pytree.MappingKey(name), value) for name, value in out.items()], list(out.keys())
 
 
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[0], str)
+
+
 class ModelOutput:
     """Base of all results; a subclass is a dataclass whose fields default to None."""
 
@@ -34,6 +38,28 @@ class ModelOutput:
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
             flatten_with_keys_fn=_with_keys,
         )
+
+    def __post_init__(self) -> None:
+        """The first argument may be all of the fields, a dict or pairs: `type(out)(out.items())`.
+
+        Raises ValueError for what begins with a (name, value) and goes on with something else.
+        """
+        first, *others = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        if first is None or isinstance(first, Tensor) or any(v is not None for v in others):
+            return
+        if not isinstance(first, Iterable):
+            return
+        given = list(first.items()) if isinstance(first, Mapping) else list(first)
+        if not given or not _is_pair(given[0]):
+            return
+        self[fields(self)[0].name] = None  # type: ignore[arg-type]
+        for pair in given:
+            if not _is_pair(pair):
+                raise ValueError(
+                    f"{type(self).__name__}: {pair!r} stands among (name, value) pairs; give all "
+                    "fields as pairs, as a dict, or by keyword"
+                )
+            self[pair[0]] = pair[1]
 
     def keys(self) -> tuple[str, ...]:
         """Names of the fields that are set, in the order of declaration."""

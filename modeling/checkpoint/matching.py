@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from swathe.modeling.checkpoint.errors import LISTED, CheckpointError
 from swathe.modeling.checkpoint.header import TensorInfo
-from swathe.modeling.checkpoint.report import LoadReport
+from swathe.modeling.checkpoint.report import LoadReport, nearest
 
 Strict = Literal["head"] | bool
 # buffers that old checkpoints carry and every model computes for itself
@@ -194,10 +193,8 @@ def _key_problems(
 
 
 def _near(name: str, others: Collection[str]) -> str:
-    if len(others) > 2000:  # difflib is quadratic; so many names are not typing errors
-        return ""
-    close = get_close_matches(name, others, n=1, cutoff=0.8)
-    return f" (nearest: {close[0]!r})" if close else ""
+    close = nearest(name, others)
+    return f" (nearest: {close!r})" if close else ""
 
 
 def _shape_problems(result: Match, wanted: Mapping[str, Tensor], *, drop: bool) -> list[Problem]:

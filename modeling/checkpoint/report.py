@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-from swathe.modeling.checkpoint.errors import listing
+from swathe.modeling.checkpoint.errors import LISTED, listing
 
 Shape = tuple[int, ...]
+
+
+def nearest(name: str, others: Collection[str]) -> str | None:
+    """The name among `others` that this one may have been meant to be."""
+    if len(others) > 2000:  # difflib is quadratic; so many names are not typing errors
+        return None
+    return next(iter(get_close_matches(name, others, n=1, cutoff=0.8)), None)
 
 
 @dataclass(slots=True, repr=False)
@@ -55,6 +64,11 @@ class LoadReport:
         ):
             if names:
                 lines.append(f"{what}: {listing(names)}")
+        # the rest is only counted, and difflib takes milliseconds a name
+        near = {key: nearest(key, self.missing) for key in self.unexpected[:LISTED]}
+        renamed = [f"{key} -> {name}" for key, name in near.items() if name]
+        if renamed:
+            lines.append(f"renamed, it seems: {listing(renamed)}")
         if self.tied:
             lines.append("tied: " + ", ".join(f"{k} -> {v}" for k, v in self.tied.items()))
         if self.converted:

@@ -6,18 +6,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swathe.kernels.attention.api import (
-    AttentionSpec,
-    Mask,
-    attention,
-    attention_with_weights,
-    resolve_attention,
-)
-from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.attention.api import AttentionSpec, Mask, resolve_attention
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.qk_norm_rotary.api import NormCasting
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.decoder_config import DecoderConfig
+from swathe.modeling.layers.capture import Capture, attend
 from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.head_norm import HeadNorm, NormedRotation
 from swathe.modeling.policy import KernelModule
@@ -85,11 +79,11 @@ class SelfAttention(KernelModule):
         rotation: Rotation,
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
-        output_attentions: bool = False,
+        output_attentions: Capture = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden), and the weights (B, H, T, S) where they are asked for.
 
-        Raises UnsupportedFeature for weights on a backend other than "eager".
+        Raises UnsupportedFeature for weights that the backend cannot give, see `attend`.
         """
         B, T, _ = hidden_states.shape
         # head counts come from the tensors: a rank of tensor parallelism holds a share of them
@@ -100,31 +94,9 @@ class SelfAttention(KernelModule):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         dropout = self.dropout if self.training else 0.0
-        weights = None
-        if output_attentions:
-            self._refuse_weights()
-            spec = AttentionSpec(mask, self.scaling, dropout, self.softcap, sinks=self.sinks)
-            o, weights = attention_with_weights(q, k, v, spec)
-        else:
-            o = attention(
-                q,
-                k,
-                v,
-                mask,
-                scale=self.scaling,
-                dropout=dropout,
-                softcap=self.softcap,
-                sinks=self.sinks,
-                implementation=self.choice,
-            )
+        spec = AttentionSpec(mask, self.scaling, dropout, self.softcap, sinks=self.sinks)
+        o, weights = attend(q, k, v, spec, self.choice, output_attentions)
         return self.o_proj(o.reshape(B, T, -1)), weights
-
-    def _refuse_weights(self) -> None:
-        if self.choice.backend != "eager":
-            raise UnsupportedFeature(
-                f"output_attentions=True: attention backend {self.choice.backend!r} never forms "
-                'the weights; only "eager" does. Call model.set_attn_implementation("eager") first'
-            )
 
     def extra_repr(self) -> str:
         """The backend in use."""

@@ -15,6 +15,7 @@ from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.layers.attention import SelfAttention
+from swathe.modeling.layers.capture import Capture
 from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.mlp import GatedMLP
 from swathe.modeling.layers.norm import RMSNorm
@@ -61,7 +62,7 @@ class DecoderLayer(nn.Module):
         rotation: Rotation,
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
-        output_attentions: bool = False,
+        output_attentions: Capture = False,
     ) -> LayerOutput:
         """The stream after this layer, attention weights where asked for, and router logits."""
         if residual is None:

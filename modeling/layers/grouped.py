@@ -193,6 +193,8 @@ class _GroupedOuter(torch.autograd.Function):
         return grouped_mm(b, d.transpose(1, 2), ends), grouped_mm(a, d, ends), None
 
 
+# an exported program calls the operators where gradients may be on, and out= allows none
+@torch.no_grad()
 def launch_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """grouped_mm by one product a group."""
     out = x.new_empty(x.shape[0], weight.shape[2])
@@ -204,6 +206,7 @@ def launch_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
+@torch.no_grad()
 def launch_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The sum of outer products of each group's rows; zero for a group without."""
     out = empty_outer(a, b, ends)

@@ -68,7 +68,7 @@ def test_padding(attn: str, side: str) -> None:
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "triton"])
 def test_full_masks(attn: str) -> None:
     theirs, model = pair("BertModel", attn)
     allowed = (torch.rand(B, 1, T, T) > 0.4) | torch.eye(T).bool()

@@ -94,6 +94,17 @@ def test_accumulated_batches_shifted_labels_and_nothing_to_learn() -> None:
     assert loss == 0 and not any(g.any() for g in gradients.values())
 
 
+def test_logits_that_are_kept_are_formed() -> None:
+    fused, plain = build(loss_implementation="triton"), build(kernels="eager")
+    last = {"logits_to_keep": 3, "shift_labels": LABELS[:, -3:]}
+    mine, expected = (model.train()(IDS, **last) for model in (fused, plain))
+    assert mine.logits.shape[1] == 3
+    torch.testing.assert_close(mine.loss, expected.loss)
+    for model in (fused, plain):
+        with pytest.raises(ValueError, match=r"one a token \(and logits_to_keep=0\)"):
+            model(IDS, labels=LABELS, logits_to_keep=3)
+
+
 class Adapted(nn.Linear):
     """What an adapter makes of a head: the same class of layer, another function."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from transformers.loss.loss_utils import (
     ForSequenceClassificationLoss,
 )
 
+import swathe
 from swathe.modeling.losses import (
     question_answering_loss,
     sequence_classification_loss,
     token_loss,
 )
+from swathe.modeling.masks import looked_at
 
 PROBLEMS: dict[str, tuple[int, Tensor, str]] = {
     "one number": (1, torch.tensor([0.5, -1.0, 2.0, 0.0]), "regression"),
@@ -138,6 +141,17 @@ def test_labels_that_do_not_fit(case: int) -> None:
     (count, labels, kind), message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         sequence_classification_loss(logits_of(count), labels, kind)
+
+
+def test_where_values_are_looked_at() -> None:
+    def like(kind: str, count: int = 3, meta: bool = False) -> Any:
+        stands_for = {"device": SimpleNamespace(type=kind), "is_meta": meta, "is_cuda": False}
+        return SimpleNamespace(**stands_for, numel=lambda: count)
+
+    assert looked_at(like("cpu")) and not looked_at(like("cuda"))
+    with swathe.debug():
+        assert looked_at(like("cuda"))
+        assert not looked_at(like("cuda", 0)) and not looked_at(like("meta", meta=True))
 
 
 def test_tokens_and_positions_that_do_not_fit() -> None:

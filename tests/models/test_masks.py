@@ -15,7 +15,7 @@ from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM
 from swathe.modeling.masks import bidirectional_mask, causal_mask
 
 B, T = 3, 6
-ATTENTION = ("eager", "sdpa")
+ATTENTION = ("eager", "sdpa", "triton")
 ALLOW = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.float32, torch.float16)
 
 

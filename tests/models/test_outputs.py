@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers.modeling_outputs as theirs
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from swathe.modeling import outputs as ours
@@ -73,6 +75,60 @@ def test_setting_and_never_deleting() -> None:
         with pytest.raises(TypeError, match="nothing can be deleted or popped; set a field"):
             refused()
     assert list(mine) == ["logits", "hidden_states", "attentions"]
+
+
+@dataclass
+class Three(ours.ModelOutput):
+    """A class of one's own, as in transformers' tests; its first field has no default."""
+
+    a: Any
+    b: Any = None
+    c: Any = None
+
+
+def test_their_own_tests_of_a_model_output() -> None:
+    """Counterparts of ModelOutputTester in transformers' tests/utils/test_model_output.py."""
+    one, two, gap = Three(a=30), Three(a=30, b=10), Three(a=30, c=10)
+    assert one.a == 30 and one.b is None and one.c is None
+    with pytest.raises(AttributeError):
+        one.d  # type: ignore[attr-defined]  # noqa: B018
+    assert two[0] == 30 and two[1] == 10 and two[:2] == two[:] == (30, 10)
+    assert gap[0] == 30 and gap[1] == 10 and gap[:2] == gap[:] == (30, 10)
+    assert two["a"] == 30 and two["b"] == 10
+    assert list(one) == list(one.keys()) == ["a"] and list(one.items()) == [("a", 30)]
+    one.a = 10
+    assert one["a"] == 10
+    one["b"] = 5
+    assert one.b == 5 and list(one) == ["a", "b"]
+    names, first = two  # unpacking gives names, as iteration does
+    assert (names, first) == ("a", "b")
+
+
+def test_all_fields_in_one_argument() -> None:
+    expected = Three(a=30, b=10)
+    for given in ({"a": 30, "b": 10}, [("a", 30), ("b", 10)], iter([("a", 30), ["b", 10]])):
+        assert Three(given) == expected
+    assert Three(expected.items()) == expected
+    assert Three(a=(30, 30)).a == (30, 30) and list(Three(a=())) == ["a"]
+    assert Three("ab").a == "ab" and Three(a=[("x", 1)], b=2).a == [("x", 1)]
+    with pytest.raises(ValueError, match=r"Three: \(10, 10\) stands among \(name, value\) pairs"):
+        Three([("a", 30), (10, 10)])
+    with pytest.raises(KeyError, match="has no field 'd'; its fields are"):
+        Three({"d": 1})
+    mine, _ = pair()
+    again = type(mine)(mine.items())
+    assert again.loss is mine.loss and list(again) == list(mine)
+
+
+def test_a_program_that_returns_one_is_saved(tmp_path: Path) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> ours.CausalLMOutputWithPast:
+            return ours.CausalLMOutputWithPast(loss=x.sum(), logits=2 * x)
+
+    x = torch.ones(3)
+    torch.export.save(torch.export.export(Module(), (x,)), tmp_path / "program.pt2")
+    found = torch.export.load(tmp_path / "program.pt2").module()(x)
+    assert type(found) is ours.CausalLMOutputWithPast and torch.equal(found.logits, 2 * x)
 
 
 @pytest.mark.parametrize("name", CLASSES)

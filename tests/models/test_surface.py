@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -156,6 +157,26 @@ def test_load_reports_are_kept_and_readable(tmp_path: Path) -> None:
         tmp_path / "body", tie_word_embeddings=False, progress=False
     )
     assert "missing (left for initialisation): 'lm_head.weight'" in repr(headed.load_report)
+
+
+def test_a_load_report_says_what_may_have_been_renamed(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for right, wrong in (("gate_proj", "gate_prj"), ("norm", "nrm")):
+        for name in [name for name in weights if f".{right}." in name]:
+            weights[name.replace(f".{right}.", f".{wrong}.")] = weights.pop(name)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected '.*gate_prj.*' .nearest: '.*gate_proj"):
+        LlamaForCausalLM.from_pretrained(tmp_path, progress=False)
+    report = LlamaForCausalLM.from_pretrained(tmp_path, strict=False, progress=False).load_report
+    (line,) = (line for line in str(report).split("\n") if line.startswith("renamed, it seems: "))
+    assert "'model.norm.weight'" not in line and "model.nrm.weight -> model.norm.weight" in line
+    layer = "model.layers.0.mlp"
+    assert f"{layer}.gate_prj.weight -> {layer}.gate_proj.weight" in line
+    whole = LlamaForCausalLM.from_config(build().config)
+    whole.save_pretrained(tmp_path / "whole")
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "whole", progress=False)
+    assert "renamed" not in str(again.load_report)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import swathe
+from support import tiny_bert
 from support.tensors import DEVICE
 from swathe.modeling.cache import DynamicCache
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM
+from swathe.modeling.families.mistral.configuration_mistral import MistralConfig
+from swathe.modeling.families.mistral.modeling_mistral import MistralForCausalLM
 
 GPU = torch.cuda.is_available()
 SIZES: dict[str, Any] = {
@@ -160,17 +163,41 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_no_tensor_has_the_size_of_the_scores(padded: bool) -> None:
-    S, largest = 200, {}
-    ids = torch.arange(S, device=DEVICE)[None] % 59
-    mask = (ids.new_tensor(range(S)) >= 7)[None] if padded else None
+S = 130
+POSITIONS = torch.arange(S, device=DEVICE)[None]
+LONG: dict[str, dict[str, Tensor]] = {
+    "alone": {},
+    "padded": {"attention_mask": POSITIONS >= 7},
+    "padded in four dimensions": {"attention_mask": (POSITIONS >= 7)[:, None, None]},
+    "packed by positions": {"position_ids": POSITIONS % 70},
+    "packed by borders": {"cu_seq_lens_q": torch.tensor([0, 70, S], device=DEVICE)},
+}
+
+
+def largest_tensor(model: Any, **given: Any) -> int:
+    """Elements of the largest tensor of one training step on S tokens."""
+    ids = POSITIONS % 59
+    with Largest() as seen:
+        model.to(DEVICE).train()(ids, labels=ids, **given).loss.backward()
+    return seen.elements
+
+
+@pytest.mark.parametrize("form", LONG)
+@pytest.mark.parametrize("window", [None, 16])
+def test_no_tensor_has_the_size_of_the_scores(form: str, window: int | None) -> None:
+    given: dict[str, Any] = {**SIZES, "num_hidden_layers": 1, "sliding_window": window}
     for attn in ("triton", "eager"):
-        model = build(attn, num_hidden_layers=1).train()
-        with Largest() as seen:
-            model(ids, attention_mask=mask, labels=ids).loss.backward()
-        largest[attn] = seen.elements
-    assert largest["triton"] < S * S <= largest["eager"]
+        config = MistralConfig(**given, kernels="eager", attn_implementation=attn)
+        elements = largest_tensor(MistralForCausalLM(config), **LONG[form])
+        assert (elements < S * S) is (attn == "triton"), elements
+
+
+@pytest.mark.parametrize("form", ["alone", "padded", "padded in four dimensions"])
+def test_nor_has_an_encoders(form: str) -> None:
+    for attn in ("triton", "eager"):
+        changes = {"max_position_embeddings": S, "num_hidden_layers": 1}
+        model = tiny_bert.pair("BertForTokenClassification", attn, num_labels=59, **changes)[1]
+        assert (largest_tensor(model, **LONG[form]) < S * S) is (attn == "triton")
 
 
 def test_report_names_it() -> None:

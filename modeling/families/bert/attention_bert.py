@@ -7,18 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from swathe.kernels.attention.api import (
-    AttentionSpec,
-    Mask,
-    attention,
-    attention_with_weights,
-    resolve_attention,
-)
-from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.attention.api import AttentionSpec, Mask, resolve_attention
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.cross_cache import EncoderDecoderCache
 from swathe.modeling.families.bert.configuration_bert import BertConfig
+from swathe.modeling.layers.capture import Capture, attend
 from swathe.modeling.layers.layer_norm import LayerNorm
 from swathe.modeling.policy import KernelModule
 
@@ -66,25 +60,14 @@ class BertHeads(KernelModule):
         return self.heads(self.key(states)), self.heads(self.value(states))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, output_attentions: bool
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, output_attentions: Capture
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden), and the weights (B, H, T, S) where they are asked for.
 
-        Raises UnsupportedFeature for weights on a backend other than "eager".
+        Raises UnsupportedFeature for weights that the backend cannot give, see layers/capture.py.
         """
-        dropout, weights = self.dropout if self.training else 0.0, None
-        if output_attentions:
-            if self.choice.backend != "eager":
-                raise UnsupportedFeature(
-                    f"output_attentions=True: attention backend {self.choice.backend!r} never "
-                    'forms the weights; only "eager" does. Call '
-                    'model.set_attn_implementation("eager") first'
-                )
-            o, weights = attention_with_weights(q, k, v, AttentionSpec(mask, self.scaling, dropout))
-        else:
-            o = attention(
-                q, k, v, mask, scale=self.scaling, dropout=dropout, implementation=self.choice
-            )
+        spec = AttentionSpec(mask, self.scaling, self.dropout if self.training else 0.0)
+        o, weights = attend(q, k, v, spec, self.choice, output_attentions)
         return o.flatten(2), weights
 
     def extra_repr(self) -> str:
@@ -104,7 +87,7 @@ class BertSelfAttention(BertHeads):
         hidden: Tensor,
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
-        output_attentions: bool = False,
+        output_attentions: Capture = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden) and weights (B, H, T, S), as `attend`."""
         q = self.heads(self.query(hidden))
@@ -118,7 +101,7 @@ class BertCrossAttention(BertHeads):
     """Attention over the states of an encoder, whose keys and values are made once a cache."""
 
     def forward(
-        self, hidden: Tensor, source: Source, output_attentions: bool = False
+        self, hidden: Tensor, source: Source, output_attentions: Capture = False
     ) -> tuple[Tensor, Tensor | None]:
         """Output (B, T, hidden) and weights (B, H, T, S), as `attend`."""
         q, cache = self.heads(self.query(hidden)), source.cache

@@ -23,6 +23,7 @@ from swathe.modeling.families.bert.encoder_bert import (
 )
 from swathe.modeling.families.bert.prediction_bert import BertLMPredictionHead
 from swathe.modeling.forward import (
+    captures,
     checked_embeddings,
     mask_and_positions,
     positions_after,
@@ -112,7 +113,8 @@ class BertModel(BertPreTrainedModel):
 
         `attention_mask` takes every form in modeling/masks.py. `token_type_ids` and `position_ids`
         are (B, T) or (1, T); without them all types are 0 and positions count from 0, or from the
-        cache. Attention weights exist on backend "eager" only, elsewhere asking for them raises.
+        cache. Attention weights exist on backend "eager" only, elsewhere asking for them raises,
+        unless `config.attn_capture` has them recomputed.
         A decoder without `encoder_hidden_states` (B, S, hidden), and without a cache that has read
         them, passes its cross-attention over, as HF's does.
         Raises ValueError or TypeError for what does not fit, also for more tokens than positions,
@@ -129,7 +131,7 @@ class BertModel(BertPreTrainedModel):
             mask,
             own,
             source,
-            wants(self, "output_attentions", output_attentions),
+            captures(self, output_attentions),
             wants(self, "output_hidden_states", output_hidden_states),
         )
         output.past_key_values = cache

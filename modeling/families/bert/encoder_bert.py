@@ -23,7 +23,9 @@ from swathe.modeling.families.bert.attention_bert import (
 )
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.layers.activations import ACT2FN
+from swathe.modeling.layers.capture import Capture
 from swathe.modeling.layers.layer_norm import LayerNorm
+from swathe.modeling.masks import looked_at
 from swathe.modeling.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 
@@ -64,7 +66,7 @@ class BertEmbeddings(nn.Module):
 
 
 def _check_ids(name: str, ids: Tensor, table: nn.Embedding, field: str) -> None:
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+    if not looked_at(ids):
         return
     low, high = (int(end) for end in torch.aminmax(ids))
     if low < 0 or high >= table.num_embeddings:
@@ -109,7 +111,7 @@ class BertLayer(nn.Module):
         mask: Mask,
         cache: DynamicCache | StaticCache | None = None,
         source: Source | None = None,
-        output_attentions: bool = False,
+        output_attentions: Capture = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(B, T, hidden), and the weights of self- and cross-attention where they are asked for.
 
@@ -140,7 +142,7 @@ class BertEncoder(nn.Module):
         mask: Mask,
         cache: DynamicCache | StaticCache | None,
         source: Source | None,
-        output_attentions: bool,
+        output_attentions: Capture,
         output_hidden_states: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """The last state, all states from the embeddings on, and the weights of every layer."""
