@@ -20,10 +20,13 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import (
+    States,
     check_cache,
     checked_embeddings,
     keep_logits,
     mask_and_positions,
+    tell_of_long_texts,
+    wanted_states,
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
@@ -108,26 +111,29 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         output_attentions: bool | None,
-        output_hidden_states: bool | None,
+        output_hidden_states: States,
         packing: Packing,
     ) -> Encoded:
         """All that a forward finds; arguments as `forward`."""
-        with_states = wants(self, "output_hidden_states", output_hidden_states)
+        # as transformers: a configuration with fewer layers runs the first ones
+        layers: list[Any] = list(self.layers)[: self.config.num_hidden_layers]
+        kept = wanted_states(self, output_hidden_states, len(layers))
         found = Encoded([] if wants(self, "output_attentions", output_attentions) else None)
         hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
         cache = found.cache = check_cache(self, past_key_values, use_cache)
         mask, positions = mask_and_positions(
             attention_mask, position_ids, hidden, cache, past_key_values is None, packing
         )
+        if position_ids is None and not packing:
+            tell_of_long_texts(self, hidden, cache)
         rotations = self.rotations(positions, hidden.dtype)
         masks: dict[int | None, Mask] = {None: mask}
         residual: Tensor | None = None
-        states: list[Tensor] = []
-        layers: Any = self.layers
-        for layer in layers:
-            if with_states:
+        states: list[Any] = [None] * (len(layers) + 1)
+        for i, layer in enumerate(layers):
+            if i in kept:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
-                states.append(hidden)
+                states[i] = hidden
             window, rotation = layer.window, rotations[layer.layer_type]
             if window not in masks:
                 masks[window] = narrowed(mask, window)
@@ -141,7 +147,9 @@ class DecoderModel(DecoderPreTrainedModel):
                 found.router_logits.append(routed)
         assert residual is not None
         found.hidden, _ = self.norm(hidden, residual)
-        found.states = (*states, found.hidden) if with_states else None
+        if len(layers) in kept:
+            states[-1] = found.hidden
+        found.states = tuple(states) if kept else None
         return found
 
     @auto_docstring
@@ -154,7 +162,7 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast | tuple[object, ...]:
@@ -211,7 +219,7 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,

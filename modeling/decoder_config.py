@@ -201,6 +201,11 @@ class DecoderConfig(PreTrainedConfig):
             raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
         rope = self.rope_spelled(self.rope_parameters, {})
         check_fits(rope, self.head_dim, partial=self.partial_rotary)
+        if self.chunk_size_feed_forward:
+            raise ConfigError(
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward}: the MLPs of decoders are "
+                "not cut in chunks; the only value allowed is 0. BERT honours others"
+            )
         if self.activation not in ACTIVATIONS:
             field = next(n for n in ("hidden_activation", "hidden_act") if n in vars(self))
             raise ConfigError(

@@ -275,10 +275,7 @@ def _dtype(
     if asked == "auto" and alias is not None:
         asked = alias
     if asked != "auto":
-        chosen = dtype_named(asked, "from_pretrained") or torch.float32
-        if not chosen.is_floating_point:
-            raise ValueError(f"dtype={asked!r}: weights load as floating point; use torch.bfloat16")
-        return chosen
+        return dtype_named(asked, "from_pretrained") or torch.float32
     if config.dtype is not None:
         return config.dtype
     stored = (info.dtype for info in checkpoint.tensors.values())

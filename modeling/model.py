@@ -68,6 +68,7 @@ class PreTrainedModel(
     generation_config: Any = None
     load_report: LoadReport | None = None
     _warned_of_padding: bool = False
+    _told_of_long_texts: bool = False
     _kernel_policy: KernelPolicy
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -199,18 +199,17 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(
-        self, hidden: Tensor, mask: Mask, output_attentions: bool, output_hidden_states: bool
+        self, hidden: Tensor, mask: Mask, output_attentions: bool, kept: frozenset[int]
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
-        """The last state, all states from the embeddings on, and the weights of every layer."""
-        states: tuple[Tensor, ...] | None = (hidden,) if output_hidden_states else None
+        """The last state, those numbered in `kept` from the embeddings on, and all weights."""
+        states: list[Any] = [hidden if 0 in kept else None]
         attentions: tuple[Tensor, ...] | None = () if output_attentions else None
-        for layer in self.layer:
+        for i, layer in enumerate(self.layer, 1):
             hidden, weights = _run(layer, hidden, mask, output_attentions)
-            if states is not None:
-                states += (hidden,)
+            states.append(hidden if i in kept else None)
             if attentions is not None:
                 attentions += (weights,)
-        return hidden, states, attentions
+        return hidden, tuple(states) if kept else None, attentions
 
 
 def _run(layer: Any, *arguments: Any) -> tuple[Tensor, Any]:

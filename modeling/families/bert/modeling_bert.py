@@ -15,7 +15,13 @@ from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.families.bert.encoder_bert import BertEmbeddings, BertEncoder, BertPooler
-from swathe.modeling.forward import checked_embeddings, positions_after, wants
+from swathe.modeling.forward import (
+    States,
+    checked_embeddings,
+    positions_after,
+    wanted_states,
+    wants,
+)
 from swathe.modeling.heads import answers
 from swathe.modeling.layers.activations import ACT2FN
 from swathe.modeling.layers.layer_norm import LayerNorm
@@ -98,7 +104,7 @@ class BertModel(BertPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[object, ...]:
         """Hidden states (B, T, hidden) of ids (B, T), or of word vectors in `inputs_embeds`.
@@ -119,7 +125,7 @@ class BertModel(BertPreTrainedModel):
             self.embeddings(words, positions, token_type_ids),
             bidirectional_mask(attention_mask, words),
             wants(self, "output_attentions", output_attentions),
-            wants(self, "output_hidden_states", output_hidden_states),
+            wanted_states(self, output_hidden_states, len(self.encoder.layer)),
         )
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
@@ -200,7 +206,7 @@ class BertForMaskedLM(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         *,
         num_items_in_batch: Tensor | int | None = None,
@@ -266,7 +272,7 @@ class BertForSequenceClassification(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[object, ...]:
         """Logits (B, num_labels).
@@ -316,7 +322,7 @@ class BertForTokenClassification(BertPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[object, ...]:
         """Logits (B, T, num_labels), with `labels` (B, T) the loss at those that are not -100.
@@ -367,7 +373,7 @@ class BertForQuestionAnswering(BertPreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[object, ...]:
         """Logits (B, T) of start and end, with both positions (B,) the loss of both.
