@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from swathe.kernels.core.errors import did_you_mean
+from swathe.modeling.checkpoint.given import GivenTensors
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
 from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.checkpoint.transforms import WeightTransform
@@ -28,7 +30,13 @@ from swathe.modeling.devices import Placement, place
 from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options
+from swathe.modeling.loading_arguments import (
+    ignored_names,
+    name_mapping,
+    source_config,
+    source_directory,
+)
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
+    "disable_mmap": (None, True, False),
     "trust_remote_code": (None, False),
 }
 # parts of transformers that are not here: what loads such a checkpoint instead
@@ -61,9 +70,11 @@ class LoadingMixin:
     @classmethod
     def from_pretrained(
         cls: type[Any],
-        path: str | Path,
+        path: str | Path | None,
         *,
         config: PreTrainedConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
@@ -85,21 +96,21 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        path: else a hub repository (modeling/hub.py), read with the options `revision`, `token`,
-        `cache_dir`, `local_files_only`. dtype: "auto" is the configuration's, else that of the
-        first stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or
-        "auto" (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. Other keyword arguments replace configuration values.
-        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
-        an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
+        path: else a hub repository, read with the options of modeling/hub.py; or None, to copy a
+        `state_dict` with a `config`. key_mapping: patterns of stored names, and what to write for
+        them. dtype: "auto" is the configuration's, else that of the first stored tensor; None is
+        fp32. device_map: a device, a dict of modules and devices, or "auto" (modeling/devices.py).
+        strict: "head" lets parameters of a new head be missing, True nothing, False anything. Other
+        arguments replace configuration values. With `output_loading_info` (model, HF's dict).
+        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
         """
         overrides = _config_overrides(cls, options)
-        directory = local_directory(path, subfolder, **hub_options(options)) / subfolder
+        directory = source_directory(cls, path, subfolder, config, state_dict, hub_options(options))
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
-        stored = _unquantised(config or cls.config_class.from_pretrained(directory))
+        stored = _unquantised(source_config(cls, config, directory))
         own = stored.replace(**overrides).running(kernels, **backends)
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = Checkpoint.open(directory) if directory else GivenTensors.of(state_dict)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         model = _on_meta(cls, own)
         placement = place(model, device_map, max_memory, chosen)
@@ -108,16 +119,15 @@ class LoadingMixin:
             checkpoint,
             placement,
             dtype=chosen,
-            ignore_missing=_patterns("missing", ignore_missing, cls, config),
-            ignore_unexpected=_patterns("unexpected", ignore_unexpected, cls, config),
+            key_mapping=name_mapping(key_mapping),
+            **ignored_names((cls, config), missing=ignore_missing, unexpected=ignore_unexpected),
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
-            transforms=model._weight_transforms,
         )
         _finish(model, report, chosen, placement, directory)
-        model = model if device_map is None else attach(model, placement)
-        return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
+        model = model.eval() if device_map is None else attach(model, placement).eval()
+        return (model, report.as_dict()) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -150,7 +160,8 @@ class LoadingMixin:
         changes: dict[str, Any] = {"architectures": [type(model).__name__], "dtype": model.dtype}
         if model._tied_weights_keys:
             changes["tie_word_embeddings"] = bool(shared)
-        written = {k: v.detach() for k, v in tensors.items() if k not in shared}
+        left_out = {*shared, *model._keys_to_ignore_on_save}
+        written = {k: v.detach() for k, v in tensors.items() if k not in left_out}
         config = model.config.replace(**changes)
         extra = {}
         generation = getattr(model, "generation_config", None)
@@ -205,14 +216,20 @@ def _read(
         device=placement.device_of,
         tied=model.tied_parameters(),
         prefix=model.base_model_prefix,
+        transforms=model._weight_transforms,
+        in_fp32=partial(_in_fp32, model, options["dtype"]),
         **options,
     )
 
 
-def _patterns(what: str, given: Sequence[str], *holders: object) -> tuple[str, ...]:
-    """Names to ignore: the argument's, the class's, and those a caller set on the config."""
-    name = f"_keys_to_ignore_on_load_{what}"
-    return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
+def _in_fp32(model: PreTrainedModel, dtype: torch.dtype, name: str) -> bool:
+    """Whether a parameter stays float32 where the model is loaded in `dtype`."""
+    parts: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        parts.update(model._keep_in_fp32_modules_strict)
+    if dtype == torch.float16:
+        parts.update(model._keep_in_fp32_modules)
+    return not parts.isdisjoint(name.split("."))
 
 
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
@@ -287,12 +304,12 @@ def _finish(
     report: LoadReport,
     dtype: torch.dtype,
     placement: Placement,
-    directory: Path,
+    directory: Path | None,
 ) -> None:
     """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
     model.load_report = report
     if report.missing or report.unexpected or report.mismatched:
-        logger.warning("%s: %s", directory, report)
+        logger.warning("%s: %s", directory or "state_dict", report)
     for name, module in model.named_modules():
         _initialise_missing(model, name, dtype, placement)
         if any(b.is_meta for b in module.buffers(recurse=False)):
@@ -300,7 +317,7 @@ def _finish(
     model.tie_weights()
     model.config.dtype = dtype
     model._adopt(model._kernel_policy)
-    if model.can_generate():
+    if model.can_generate() and directory is not None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
@@ -317,7 +334,9 @@ def _initialise_missing(
         return
     loaded = {name: p.clone() for name, p in own.items() if not p.is_meta}
     for name in missing:
-        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=where[name])
+        full = f"{path}.{name}" if path else name
+        own_dtype = torch.float32 if _in_fp32(model, dtype, full) else dtype
+        filler = torch.full(own[name].shape, math.nan, dtype=own_dtype, device=where[name])
         setattr(module, name, nn.Parameter(filler, requires_grad=own[name].requires_grad))
     model._init_weights(module)
     for name, value in loaded.items():

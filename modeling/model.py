@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
@@ -52,7 +53,9 @@ class PreTrainedModel(
 
     A family sets `config_class`, `base_model_prefix` (the body's attribute in a model with a head),
     `embed_path`, `head_path` and `position_embed_path` (modules by name), `_tied_weights_keys`
-    (head parameter: source) and `_no_split_modules`.
+    (head parameter: source) and `_no_split_modules`. Modules named in `_keep_in_fp32_modules` load
+    in float32 where float16 is asked for, in `_keep_in_fp32_modules_strict` also for bfloat16.
+    `config_class` may be left to the annotation of `config`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -62,6 +65,9 @@ class PreTrainedModel(
     head_path: ClassVar[str] = ""
     _no_split_modules: ClassVar[tuple[str, ...]] = ()
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
+    _keep_in_fp32_modules: ClassVar[tuple[str, ...]] = ()
+    _keep_in_fp32_modules_strict: ClassVar[tuple[str, ...]] = ()
+    _keys_to_ignore_on_save: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[frozenset[str]] = frozenset()
@@ -73,6 +79,9 @@ class PreTrainedModel(
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        annotated = _annotated_config(cls)
+        if annotated is not None and "config_class" not in vars(cls):
+            cls.config_class = annotated
         named = inspect.signature(cls.forward).parameters
         packing = Packing.__annotations__ if "packing" in named else ()
         cls._arguments = frozenset((*named, *packing)) - {"self", "packing"}
@@ -322,6 +331,15 @@ class PreTrainedModel(
                 return cls(own)
             finally:
                 torch.set_default_dtype(before)
+
+
+def _annotated_config(cls: type) -> type[PreTrainedConfig] | None:
+    """The configuration class that the class's own `config: Foo` names, where it is known yet."""
+    named = inspect.get_annotations(cls).get("config")
+    if isinstance(named, str):
+        named = getattr(sys.modules.get(cls.__module__), named, None)
+    fits = isinstance(named, type) and issubclass(named, PreTrainedConfig)
+    return named if fits else None
 
 
 def _own_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -122,6 +122,8 @@ def load_into(
     check_finite: bool = True,
     progress: bool = True,
     transforms: Sequence[WeightTransform] = (),
+    key_mapping: Mapping[str, str] = types.MappingProxyType({}),
+    in_fp32: Callable[[str], bool] = lambda name: False,
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
 
@@ -130,9 +132,11 @@ def load_into(
     the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
     `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
-    stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
-    way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
-    E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
+    stored ones. `key_mapping` are renames of the caller, which go before the model's; `in_fp32`
+    tells parameters that are float32 whatever `dtype` is. `device` may be a function of a
+    parameter's name; nothing is kept elsewhere on the way. Peak memory is the model and one stored
+    tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with
+    the model untouched.
     """
     _check_options(dtype, strict)
     assembly = Assembly(model.state_dict(keep_vars=True), checkpoint.tensors, transforms, prefix)
@@ -142,7 +146,7 @@ def load_into(
         directory=checkpoint.directory,
         tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,
-        renames=getattr(model, "_key_renames", {}),
+        renames={**key_mapping, **getattr(model, "_key_renames", {})},
         head_parts=getattr(model, "_head_parts", ()),
         ignore_missing=ignore_missing,
         ignore_unexpected=ignore_unexpected,
@@ -156,7 +160,7 @@ def load_into(
     total = sum(info.nbytes for info in result.plan.values())
     with Progress("loading", total, enabled=progress) as bar:
         where = device if callable(device) else lambda name: device
-        _read_all(checkpoint, result, assembly, dtype, where, check_finite, bar)
+        _read_all(checkpoint, result, assembly, dtype, in_fp32, where, check_finite, bar)
     for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
@@ -196,6 +200,7 @@ def _read_all(
     result: Match,
     assembly: Assembly,
     dtype: torch.dtype | None,
+    in_fp32: Callable[[str], bool],
     device: Where,
     check_finite: bool,
     bar: Progress,
@@ -205,6 +210,8 @@ def _read_all(
     for key, info in plan:
         floating = assembly.wanted[key].is_floating_point()
         target = dtype if dtype is not None and floating else info.dtype
+        if floating and any(in_fp32(name) for name in assembly.model_names(key)):
+            target = torch.float32
         if target != info.dtype:
             kinds = (info.dtype, target)
             result.report.cast.update(dict.fromkeys(assembly.model_names(key), kinds))
