@@ -30,8 +30,9 @@ from swathe.modeling.forward import (
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
+from swathe.modeling.gradients import run_layer
 from swathe.modeling.layers.attention import SelfAttention
-from swathe.modeling.layers.decoder import DecoderLayer, run_layer
+from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.embedding import RotaryEmbedding, Rotation
 from swathe.modeling.layers.head_norm import HeadNorm
 from swathe.modeling.layers.moe import Experts, Router

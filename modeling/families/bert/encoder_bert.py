@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swathe.kernels.attention.api import (
     AttentionSpec,
@@ -22,6 +21,7 @@ from swathe.kernels.attention.api import (
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.modeling.families.bert.configuration_bert import BertConfig
+from swathe.modeling.gradients import run_layer
 from swathe.modeling.layers.activations import ACT2FN
 from swathe.modeling.layers.layer_norm import LayerNorm
 from swathe.modeling.policy import KernelModule
@@ -167,7 +167,7 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention and MLP; `checkpointing` holds torch.utils.checkpoint's arguments."""
+    """Attention and MLP; `checkpointing` holds the arguments of gradients.run_layer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -205,17 +205,11 @@ class BertEncoder(nn.Module):
         states: list[Any] = [hidden if 0 in kept else None]
         attentions: tuple[Tensor, ...] | None = () if output_attentions else None
         for i, layer in enumerate(self.layer, 1):
-            hidden, weights = _run(layer, hidden, mask, output_attentions)
+            hidden, weights = run_layer(layer, hidden, mask, output_attentions)
             states.append(hidden if i in kept else None)
             if attentions is not None:
                 attentions += (weights,)
         return hidden, tuple(states) if kept else None, attentions
-
-
-def _run(layer: Any, *arguments: Any) -> tuple[Tensor, Any]:
-    if layer.checkpointing is None or not layer.training:
-        return layer(*arguments)
-    return checkpoint(layer, *arguments, use_reentrant=False, **layer.checkpointing)
 
 
 class BertPooler(nn.Module):
