@@ -24,7 +24,7 @@ class GivenTensors(Checkpoint):
 
     @classmethod
     def of(cls, state_dict: Mapping[str, Tensor]) -> GivenTensors:
-        """Raises TypeError for what is no mapping of names to tensors, ValueError for none."""
+        """Raises TypeError for what is no mapping of names to tensors with values."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(
                 f"state_dict is a {type(state_dict).__name__}; it must map names to tensors, as "
@@ -36,8 +36,6 @@ class GivenTensors(Checkpoint):
                     f"state_dict[{name!r}] is a {type(value).__name__}; it must be a tensor with "
                     "values (not on the meta device) under a name"
                 )
-        if not state_dict:
-            raise ValueError("state_dict is empty; pass that of a model, or a path")
         tensors = {
             name: TensorInfo(name, _PLACE, t.dtype, tuple(t.shape), t.nbytes, i)
             for i, (name, t) in enumerate(state_dict.items())
