@@ -189,7 +189,8 @@ def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
             raise CheckpointError(
                 "E_TIED",
                 f"{info.file}: {info.name!r} and {source.name!r} differ, but the config ties them "
-                "to one parameter; set tie_word_embeddings to false in config.json to keep both",
+                "to one parameter; set tie_word_embeddings to false in config.json, or pass "
+                "tie_word_embeddings=False, to keep both",
                 file=info.file,
                 key=info.name,
             )
