@@ -45,10 +45,11 @@ CHOSEN = [
 # parameter and ours the stored tensors
 CASES = [
     (name, case)
-    for name in CHOSEN
+    for name in CLASSES
     for case in PERTURBED
-    if not (name.endswith("Model") and case in ("body only", "head only"))
-    and not (name.startswith("Mixtral") and case == "head only")
+    if name.startswith(FAMILIES)
+    and not (name.endswith("Model") and case in ("body only", "head only"))
+    and not (name.startswith(("Mixtral", "Gemma2ForCausal")) and case == "head only")
 ]
 
 
