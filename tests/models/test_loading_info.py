@@ -38,11 +38,9 @@ PERTURBED: dict[str, Callable[[State], State]] = {
     "body only": without_prefix,
     "head only": lambda s: {k: v for k, v in s.items() if not k.startswith(BODIES)},
 }
-CHOSEN = [
-    name for name in CLASSES if name.startswith(("Llama", "Bert", "Gemma2", "Phi3", "Mixtral"))
-]
-# a body alone has neither prefix nor head; of a whole expert that is missing, theirs names the
-# parameter and ours the stored tensors
+FAMILIES = ("Llama", "Bert", "Gemma2", "Phi3", "Mixtral")
+# a body alone has neither prefix nor head, and a tied head no tensor; of a whole expert that is
+# missing, theirs names the parameter and ours the stored tensors
 CASES = [
     (name, case)
     for name in CLASSES
