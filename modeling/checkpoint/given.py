@@ -42,6 +42,6 @@ class GivenTensors(Checkpoint):
         }
         return cls(_PLACE, types.MappingProxyType(tensors), {}, {}, dict(state_dict))
 
-    def read(self, name: str) -> Tensor:
-        """A copy of the tensor `name`, in its dtype and on its device."""
+    def read(self, name: str, room: Tensor | None = None) -> Tensor:
+        """A copy of the tensor `name`, in its dtype and on its device; `room` is not used."""
         return self.values[name].detach().clone(memory_format=torch.contiguous_format)
