@@ -84,11 +84,10 @@ class Checkpoint:
         file is no longer the one that was validated.
         """
         info = self.tensors[name]
-        if room is None:
-            room = torch.empty(
-                info.nbytes, dtype=torch.uint8, device="cpu"
-            )  # in a meta context too
-        tensor = room[: info.nbytes].view(info.dtype).view(info.shape)
+        if room is None:  # a device is named for the case of a meta context
+            tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        else:
+            tensor = room[: info.nbytes].view(info.dtype).view(info.shape)
         with open_regular(Path(os.path.realpath(info.file))) as file:
             if Identity.of(os.fstat(file.fileno())) != self.identities[info.file]:
                 self._changed(info)
