@@ -59,7 +59,10 @@ class _ConfigType(type):
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         if args:
-            raise TypeError(f"{cls.__name__} takes keyword arguments only; got {args!r}")
+            raise TypeError(
+                f"{cls.__name__} takes keyword arguments only; got {args!r}. Name them, or use "
+                f"{cls.__name__}.from_dict(values) for a dict"
+            )
         config: Any = super().__call__(**cls._prepared(values))  # type: ignore[attr-defined]
         return config
 

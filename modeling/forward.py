@@ -79,7 +79,10 @@ def checked_embeddings(
     Raises ValueError for both, none, a wrong shape, or on a CPU an id outside the vocabulary.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        raise ValueError(
+            "You must specify exactly one of input_ids or inputs_embeds, got "
+            f"{'neither' if input_ids is None else 'both'}; pass one and leave the other out"
+        )
     if inputs_embeds is not None:
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != embed.embedding_dim:
             raise ValueError(

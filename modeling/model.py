@@ -172,7 +172,10 @@ class PreTrainedModel(
     def _path(self, kind: str) -> str:
         path = getattr(self, kind)
         if not path:
-            raise AttributeError(f"{type(self).__name__} has no {kind}: it has no such module")
+            raise AttributeError(
+                f"{type(self).__name__} has no {kind}: it has no such module. Use a class that has "
+                f"one, or set {kind} on the class to the module's name"
+            )
         return path
 
     # what the model is

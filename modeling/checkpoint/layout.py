@@ -102,7 +102,8 @@ def _default_name(directory: Path) -> str:
     raise CheckpointNotFound(
         "E_MISSING_FILE",
         f"{directory}: has neither {SINGLE} nor {INDEX}; it holds "
-        f"{listing(sorted(p.name for p in directory.iterdir()), limit=8) or 'nothing'}",
+        f"{listing(sorted(p.name for p in directory.iterdir()), limit=8) or 'nothing'}. Give the "
+        "directory that has them, or save a model here with save_pretrained",
         file=directory / SINGLE,
     )
 
