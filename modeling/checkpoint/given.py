@@ -23,7 +23,7 @@ class GivenTensors(Checkpoint):
     values: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, state_dict: Mapping[str, Tensor]) -> GivenTensors:
+    def of(cls, state_dict: Mapping[str, Tensor] | None) -> GivenTensors:
         """Raises TypeError for what is no mapping of names to tensors with values."""
         if not isinstance(state_dict, Mapping):
             raise TypeError(
