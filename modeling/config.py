@@ -115,6 +115,11 @@ class PreTrainedConfig(metaclass=_ConfigType):
         for old, new in {**ALIASES, **cls.attribute_map}.items():
             if old in values and new in known:
                 value = values.pop(old)
+                if old in cls.attribute_map and values.get(new, value) != value:
+                    raise ConfigError(
+                        f"{cls.__name__}: {old}={value!r}, but {new}={values[new]!r}, which is "
+                        "another name of the same field; give one of them only"
+                    )
                 values.setdefault(new, value)
         count, names = values.pop("num_labels", None), values.get("id2label")
         if count is not None and names is None:
@@ -164,7 +169,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
             if name in vars(self):
                 check_type(type(self).__name__, name, vars(self)[name], hint)
         self.extra = copy.deepcopy(dict(self.extra))
-        hidden = sorted(self.accepted_keys() & self.extra.keys())
+        hidden = sorted(self.extra.keys() & (self.accepted_keys() - {"extra", *NOT_IN_FILES}))
         if hidden:
             raise ConfigError(
                 f"{type(self).__name__}.extra has {hidden}, which are fields and would be hidden "

@@ -182,13 +182,13 @@ class LoadingMixin:
 
 def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
     """Before anything is written: options of an upload are known, and there is an upload."""
-    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
-    allowed -= {"self", "repo_id", "max_shard_size"}
+    own = set(inspect.signature(LoadingMixin.save_pretrained).parameters) - {"self", "hub"}
+    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters) - {"self", *own}
     for name in hub:
         if name not in allowed:
             raise TypeError(
-                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed)}; with "
-                f"push_to_hub=True it takes {sorted(allowed)}"
+                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed | own)}; "
+                f"allowed: {sorted(own)}, and with push_to_hub=True also {sorted(allowed)}"
             )
     if not push_to_hub and (hub or repo_id):
         raise ValueError(

@@ -101,7 +101,8 @@ def test_every_field_goes_both_ways(family: str, tmp_path: Path) -> None:
         assert {k: found.get(k, "absent") for k in expected} == expected, name
         assert AutoConfig.from_pretrained(tmp_path / name / "ours") == own, name
         assert all(key.startswith("_") for key in own.extra), name
-        given = type(own)(**copy.deepcopy({**base, name: value}))
+        rest = {k: v for k, v in base.items() if k != own.attribute_map.get(name)}
+        given = type(own)(**copy.deepcopy({**rest, name: value}))
         mine, other = given.to_dict(), config.to_dict()
         shared = (mine.keys() & other.keys()) - {"transformers_version"}
         assert {k: mine[k] for k in shared} == {k: other[k] for k in shared}, name
@@ -145,6 +146,8 @@ def test_both_names_of_the_experts(family: str) -> None:
     config.num_experts = 6
     assert config.num_local_experts == 6
     assert config_of(family, num_experts=5, num_local_experts=5).num_local_experts == 5
+    with pytest.raises(ConfigError, match="another name of the same field; give one of them only"):
+        config_of(family, num_experts=5, num_local_experts=6)
 
 
 def test_label_names_are_theirs() -> None:
@@ -192,6 +195,15 @@ def test_refused_when_made_and_when_set(name: str, value: Any, message: str) -> 
         with pytest.raises(ConfigError, match=message):
             setattr(config, name, value)
         assert config == LlamaConfig()
+
+
+def test_a_file_may_have_keys_that_say_how_a_model_runs(tmp_path: Path) -> None:
+    odd = {"rope_length": 7, "extra": {"a": 1}, "kernels": "x", "attn_implementation": "x"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **odd}))
+    config = LlamaConfig.from_pretrained(tmp_path)
+    assert config.rope_length is None and config.kernels is None
+    assert config.extra == {"rope_length": 7, "extra": {"a": 1}}
+    assert config.replace(vocab_size=9).to_dict()["rope_length"] == 7
 
 
 def test_dtypes_of_configurations_and_models(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import swathe.modeling.families.llama.modeling_llama as llama
@@ -124,6 +125,42 @@ def test_odd_widths_run_on_every_backend(backend: str) -> None:
     out.loss.backward()
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "triton"])
+def test_attention_drops_in_training_or_says_that_it_cannot(attn: str) -> None:
+    try:
+        model = build(attention_dropout=0.4, attn_implementation=attn)
+    except UnsupportedFeature as refused:
+        assert attn == "triton" and "dropout" in str(refused)
+        return
+    whole = model(tokens()).logits
+    assert torch.equal(model(tokens()).logits, whole)
+    model.train()
+    first, second = model(tokens()).logits, model(tokens()).logits
+    assert not torch.equal(first, second) and not torch.allclose(first, whole, atol=1e-3)
+
+
+def test_attention_drops_what_theirs_drops() -> None:
+    changes = {**TINY, "attention_dropout": 0.4}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**changes)).train()
+    theirs.set_attn_implementation("eager")
+    model = build(attention_dropout=0.4, attn_implementation="eager").train()
+    model.load_state_dict(theirs.state_dict())
+    logits = []
+    for each in (theirs, model):
+        torch.manual_seed(3)
+        logits.append(each(tokens()).logits)
+    torch.testing.assert_close(*logits, **CLOSE)
+
+
+def test_attention_weights_by_configuration_follow_the_same_rule() -> None:
+    asked = build(output_attentions=True, attn_implementation="eager")
+    assert len(asked(tokens()).attentions) == 3
+    asked.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedFeature, match=r'only "eager" does'):
+        asked(tokens())
+    assert asked(tokens(), output_attentions=False).attentions is None
 
 
 def test_ids_outside_the_vocabulary_are_named() -> None:
