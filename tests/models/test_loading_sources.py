@@ -228,6 +228,52 @@ def test_names_that_are_not_saved(tmp_path: Path) -> None:
     assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 
 
+def test_what_is_saved_instead_and_by_whom(tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM")
+    ones = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "ones", state_dict=ones)
+    assert equal(load_file(tmp_path / "ones" / "model.safetensors"), ones)
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; give a directory to save"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(TypeError, match=r"no argument 'max_shard' \(did you mean 'max_shard_size'"):
+        model.save_pretrained(tmp_path, max_shard="5GB")
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "triton"])
+def test_each_attention_loads_and_gives_the_same(attn: str, tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM", attn_implementation="eager")
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=attn)
+    assert f"attn={attn}" in repr(again) and "implementation" not in again.config.to_json_string()
+    torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits, **CLOSE)
+    assert {row.backend for row in again.kernel_report().rows if row.op == "attention"} == {attn}
+    for name in ("flash_attention_2", "flash_attention_3", "flex_attention"):
+        with pytest.raises(ValueError, match=f'^Specified attn_implementation="{name}".*triton'):
+            LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+
+
+def test_casts_of_every_shape(tmp_path: Path) -> None:
+    class Shapes(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.empty = torch.nn.Parameter(torch.ones(0, 7))
+            self.scalar = torch.nn.Parameter(torch.tensor(2.5))
+            self.register_buffer("count", torch.tensor([3, 4]))
+
+    model = Shapes(config_of("llama")).double()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        again = Shapes.from_pretrained(tmp_path, dtype=dtype, strict=True)
+        expected = bits(model.to(dtype))
+        assert equal(bits(again), expected) and again.count.dtype == torch.int64
+        storages = {p.untyped_storage().data_ptr() for p in again.parameters() if p.numel()}
+        assert len(storages) == sum(p.numel() > 0 for p in again.parameters())
+        model = Shapes.from_pretrained(tmp_path, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("option", ["disable_mmap", "offload_state_dict", "low_cpu_mem_usage"])
 def test_options_that_are_always_so(option: str, tmp_path: Path) -> None:
     model = build("LlamaForCausalLM")
