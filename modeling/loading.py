@@ -33,7 +33,6 @@ from swathe.modeling.generation.config import GenerationConfig
 from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options
 from swathe.modeling.loading_arguments import (
     ignored_names,
-    name_mapping,
     source_config,
     source_directory,
 )
@@ -49,7 +48,6 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True),
     "offload_state_dict": (None, True, False),
-    "disable_mmap": (None, True, False),
     "trust_remote_code": (None, False),
 }
 # parts of transformers that are not here: what loads such a checkpoint instead
@@ -74,7 +72,6 @@ class LoadingMixin:
         *,
         config: PreTrainedConfig | None = None,
         state_dict: Mapping[str, Tensor] | None = None,
-        key_mapping: Mapping[str, str] | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
@@ -97,12 +94,12 @@ class LoadingMixin:
         """The model stored in directory `path`, in eval mode.
 
         path: else a hub repository, read with the options of modeling/hub.py; or None, to copy a
-        `state_dict` with a `config`. key_mapping: patterns of stored names, and what to write for
-        them. dtype: "auto" is the configuration's, else that of the first stored tensor; None is
-        fp32. device_map: a device, a dict of modules and devices, or "auto" (modeling/devices.py).
-        strict: "head" lets parameters of a new head be missing, True nothing, False anything. Other
-        arguments replace configuration values. With `output_loading_info` (model, HF's dict).
-        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
+        `state_dict` with a `config`. dtype: "auto" is the configuration's, else that of the first
+        stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or "auto"
+        (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
+        nothing, False anything. Other keyword arguments replace configuration values.
+        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
+        an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
         overrides = _config_overrides(cls, options)
         directory = source_directory(cls, path, subfolder, config, state_dict, hub_options(options))
@@ -119,7 +116,6 @@ class LoadingMixin:
             checkpoint,
             placement,
             dtype=chosen,
-            key_mapping=name_mapping(key_mapping),
             **ignored_names((cls, config), missing=ignore_missing, unexpected=ignore_unexpected),
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,

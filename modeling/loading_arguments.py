@@ -52,19 +52,6 @@ def source_config(
     return config
 
 
-def name_mapping(key_mapping: object) -> dict[str, str]:
-    """The caller's patterns of stored names and what to write instead."""
-    mapping = {} if key_mapping is None else key_mapping
-    if not isinstance(mapping, Mapping) or any(
-        not isinstance(part, str) for pair in mapping.items() for part in pair
-    ):
-        raise TypeError(
-            f"key_mapping={key_mapping!r}; it must be a dict from patterns of stored names to what "
-            'to write instead, such as {"^transformer": "model"}'
-        )
-    return dict(mapping)
-
-
 def ignored_names(holders: Sequence[object], **given: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """What load_into is to ignore: the caller's patterns of `missing` and `unexpected` names.
 

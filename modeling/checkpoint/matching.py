@@ -54,7 +54,7 @@ def match(
     Codes: E_KEYS, E_ARCHITECTURE, E_SHAPE, E_DTYPE, E_DUPKEY.
     """
     result = Match()
-    modern = {key: _modern(key, wanted, {**renames, **_OLD_NAMES}) for key in stored}
+    modern = {key: _modern(key, wanted, {**_OLD_NAMES, **renames}) for key in stored}
     names = _rename(wanted, stored, modern, prefix, directory, result.report)
     extra: list[str] = []
     for key, info in stored.items():

@@ -128,7 +128,6 @@ def load_into(
     check_finite: bool = True,
     progress: bool = True,
     transforms: Sequence[WeightTransform] = (),
-    key_mapping: Mapping[str, str] = types.MappingProxyType({}),
     in_fp32: Callable[[str], bool] = lambda name: False,
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
@@ -138,11 +137,10 @@ def load_into(
     the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
     `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
     `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
-    stored ones. `key_mapping` are renames of the caller, which go before the model's; `in_fp32`
-    tells parameters that are float32 whatever `dtype` is. `device` may be a function of a
-    parameter's name; nothing is kept elsewhere on the way. Peak memory is the model and one stored
-    tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with
-    the model untouched.
+    stored ones. `in_fp32` tells parameters that are float32 whatever `dtype` is. `device` may be a
+    function of a parameter's name; nothing is kept elsewhere on the way. Peak memory is the model
+    and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE, E_DTYPE, E_TIED, E_NONFINITE,
+    E_OVERFLOW) with the model untouched.
     """
     _check_options(dtype, strict)
     assembly = Assembly(model.state_dict(keep_vars=True), checkpoint.tensors, transforms, prefix)
@@ -152,7 +150,7 @@ def load_into(
         directory=checkpoint.directory,
         tied={assembly.stored_name(a): assembly.stored_name(b) for a, b in tied.items()},
         prefix=prefix,
-        renames={**key_mapping, **getattr(model, "_key_renames", {})},
+        renames=getattr(model, "_key_renames", {}),
         head_parts=getattr(model, "_head_parts", ()),
         ignore_missing=ignore_missing,
         ignore_unexpected=ignore_unexpected,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -106,7 +105,6 @@ def test_what_cannot_be_a_source(tmp_path: Path) -> None:
             r"one str; pass a list .* \['lm_head'",
         ),
         (tmp_path, {"ignore_unexpected": "x"}, TypeError, r"ignore_unexpected='x' is one str"),
-        (tmp_path, {"key_mapping": [("a", "b")]}, TypeError, r"it must be a dict from patterns"),
         (tmp_path, {"strict": "body"}, ValueError, "strict is 'body'; allowed are 'head', True"),
         (tmp_path, {"tie": "keep"}, TypeError, r"no argument 'tie'.*; allowed: \["),
     ]
@@ -115,28 +113,6 @@ def test_what_cannot_be_a_source(tmp_path: Path) -> None:
             LlamaForCausalLM.from_pretrained(path, **options)
     with pytest.raises(TypeError, match="leave open which class to load; give a path that has"):
         AutoModelForCausalLM.from_pretrained(None, state_dict=state)
-
-
-def test_names_are_mapped_as_transformers_maps_them(tmp_path: Path) -> None:
-    theirs, _ = pair("llama")
-    theirs.save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    renamed = {re.sub(r"^model\.layers", "net.blocks", k): v for k, v in state.items()}
-    save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
-    mapping = {r"^net\.blocks": "model.layers"}
-    with pytest.raises(CheckpointError, match="E_ARCHITECTURE"):
-        LlamaForCausalLM.from_pretrained(tmp_path)
-    for path, given in (
-        (tmp_path, {}),
-        (None, {"state_dict": renamed, "config": config_of("llama")}),
-    ):
-        model, info = LlamaForCausalLM.from_pretrained(
-            path, key_mapping=mapping, output_loading_info=True, **given
-        )
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        torch.testing.assert_close(model(tokens()).logits, theirs(tokens()).logits, **CLOSE)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, key_mapping=mapping)
-    assert equal(bits(again), bits(theirs))
 
 
 DTYPES: list[tuple[Any, Any]] = [
@@ -274,7 +250,7 @@ def test_casts_of_every_shape(tmp_path: Path) -> None:
         model = Shapes.from_pretrained(tmp_path, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("option", ["disable_mmap", "offload_state_dict", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("option", ["offload_state_dict", "low_cpu_mem_usage"])
 def test_options_that_are_always_so(option: str, tmp_path: Path) -> None:
     model = build("LlamaForCausalLM")
     model.save_pretrained(tmp_path)
