@@ -27,8 +27,8 @@ def compiler_is_gcc() -> bool:
 flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi"]
 link = []
 if compiler_is_gcc():
-    # the second one is about the compiler's own intrinsics
-    flags += ["-fopenmp", "-Wno-maybe-uninitialized"]
+    # the others are about the compiler's own intrinsics
+    flags += ["-fopenmp", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 if sys.platform == "darwin":
     link = ["-undefined", "dynamic_lookup"]
 

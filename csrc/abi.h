@@ -9,8 +9,8 @@
 #define SWATHE_API extern "C" __attribute__((visibility("default")))
 #endif
 
-// Raised whenever a signature or the meaning of an argument changes; kernels/core/cpp.py repeats it.
-#define SWATHE_ABI_VERSION 2
+// Raised whenever a signature or an argument's meaning changes; kernels/core/cpp.py repeats it.
+#define SWATHE_ABI_VERSION 4
 
 namespace swathe {
 

@@ -27,7 +27,7 @@ namespace portable {
 #undef SWATHE_F16C
 
 #if defined(__x86_64__)
-#define SWATHE_TARGET __attribute__((target("avx2,f16c")))
+#define SWATHE_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SWATHE_LANES 8
 #define SWATHE_F16C 1
 namespace swathe {
@@ -52,6 +52,15 @@ namespace avx512 {
 #undef SWATHE_TARGET
 #undef SWATHE_LANES
 #undef SWATHE_F16C
+#endif
+
+// `name`, a function or table of the body, for the instruction set in use.
+#if defined(__x86_64__)
+#define SWATHE_HERE(name)                      \
+  (isa() == kAvx512 ? avx512::name             \
+                    : isa() == kAvx2 ? avx2::name : portable::name)
+#else
+#define SWATHE_HERE(name) portable::name
 #endif
 
 #undef SWATHE_INLINE

@@ -66,20 +66,6 @@ constexpr int64_t width(int64_t type) { return type == kFloat32 ? 4 : 2; }
 namespace swathe {
 namespace {
 
-const NormIsa& norm_for(int isa) {
-#if defined(__x86_64__)
-  switch (use_isa(isa)) {
-    case kAvx512:
-      return avx512::table;
-    case kAvx2:
-      return avx2::table;
-    default:
-      break;
-  }
-#endif
-  return portable::table;
-}
-
 // Rows are summed into dw by blocks whose number depends on M alone: with any number of threads
 // the additions are the same ones in the same order. Past 2048 rows a block has 32: longer chains
 // of fp32 additions lose accuracy.
@@ -100,7 +86,7 @@ struct ForwardArguments {
   float* rstd;
   int64_t x_type, r_type, w_type, y_type, x_stride, r_stride, M, N;
   double eps, offset;
-  int64_t twice, threads, isa;
+  int64_t twice, threads;
 };
 
 struct BackwardArguments {
@@ -110,14 +96,14 @@ struct BackwardArguments {
   void *dx, *dw;
   int64_t dy_type, h_type, w_type, dy_stride, h_stride, dh_stride, M, N;
   double offset;
-  int64_t threads, isa;
+  int64_t threads;
 };
 
 // h is read from x (r_type == kNone) or written as x + r. Returns 0, or 1 without memory.
 SWATHE_API int32_t swathe_rms_norm_forward(const void* packed) {
   ForwardArguments a;
   std::memcpy(&a, packed, sizeof a);
-  const NormIsa& norm = norm_for(static_cast<int>(a.isa));
+  const NormIsa& norm = SWATHE_HERE(table);
   std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
   if (!scale) return 1;
   norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), scale.get(), a.N);
@@ -146,7 +132,7 @@ SWATHE_API int32_t swathe_rms_norm_forward(const void* packed) {
 SWATHE_API int32_t swathe_rms_norm_backward(const void* packed) {
   BackwardArguments a;
   std::memcpy(&a, packed, sizeof a);
-  const NormIsa& norm = norm_for(static_cast<int>(a.isa));
+  const NormIsa& norm = SWATHE_HERE(table);
   const int64_t blocks = blocks_of(a.M);
   std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
   std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * a.N]());

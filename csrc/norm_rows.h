@@ -246,7 +246,9 @@ SWATHE_TARGET static void sum_blocks(const float* partial, int64_t blocks, void*
   int64_t n = 0;
   for (; n + lanes <= N; n += lanes) {
     vf total = {}, lost = {};
-    for (int64_t block = 0; block < blocks; ++block) add(total, lost, load(partial + block * N + n));
+    for (int64_t block = 0; block < blocks; ++block) {
+      add(total, lost, load(partial + block * N + n));
+    }
     store(out + n, total);
   }
   if (n < N) {

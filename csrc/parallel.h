@@ -5,7 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 namespace swathe {
 
@@ -30,6 +33,27 @@ void parallel_for(int64_t count, int threads, const Work& work) {
   }
 #endif
   work(0, count);
+}
+
+// Calls work(task) for every task below `count`, the next one whenever a thread is free.
+template <class Work>
+void parallel_tasks(int64_t count, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  parallel_for(threads, threads, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < count; task = next++) work(task);
+  });
+}
+
+// This thread's scratch memory of at least so many floats, kept from call to call; null without.
+inline float* scratch(int64_t floats) {
+  static thread_local std::unique_ptr<float[]> kept;
+  static thread_local int64_t size = 0;
+  if (size < floats) {
+    kept.reset();  // before the new one, so that there are never both
+    kept.reset(new (std::nothrow) float[floats]);
+    size = kept ? floats : 0;
+  }
+  return kept.get();
 }
 
 }  // namespace swathe

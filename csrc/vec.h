@@ -6,8 +6,10 @@
 
 typedef float vf __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * SWATHE_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
 typedef double vd __attribute__((vector_size(8 * SWATHE_LANES)));
+typedef uint64_t vq __attribute__((vector_size(4 * SWATHE_LANES)));
 
 constexpr int lanes = SWATHE_LANES;
 

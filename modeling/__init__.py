@@ -19,6 +19,7 @@ _HOME = {
     "CheckpointError": "checkpoint.errors",
     "ConfigError": "errors",
     "DynamicCache": "cache",
+    "EncoderDecoderCache": "cross_cache",
     "KernelPolicy": "policy",
     "KernelReport": "policy",
     "Mask": "masks",

@@ -3,63 +3,21 @@
 Every layer holds one buffer (B, K, capacity, D) for keys and one for values.
 
 DynamicCache   a buffer that is full doubles, so n single-token updates copy O(n) elements, where
-               concatenating would copy O(n^2). All sequences are as long, padding included.
+               concatenating would copy O(n^2). All sequences are as long, padding included. With
+               the model's configuration, layers with a sliding window drop what it has passed.
 StaticCache    the capacity is fixed, every sequence has a length of its own, on the device, and
                padding is not kept: no host synchronisation, and a captured graph serves any length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from swathe.kernels.attention.api import Mask
+from swathe.modeling.cache_layers import GrowingLayer, SlidingLayer
 from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.masks import opaque
-
-FIRST_CAPACITY = 64
-
-
-class _Layer:
-    """One layer's buffers and how many of their tokens are filled."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.length = 0
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self.keys, self.values
-        start, self.length = self.length, self.length + k.shape[2]
-        if torch.is_grad_enabled() and (
-            k.requires_grad or v.requires_grad or (keys is not None and keys.requires_grad)
-        ):
-            # autograd saved the tensors handed out before, so they must not be written into
-            if keys is not None and values is not None:
-                k = torch.cat((keys[:, :, :start], k), dim=2)
-                v = torch.cat((values[:, :, :start], v), dim=2)
-            self.keys, self.values = k, v
-            return k, v
-        if keys is None or values is None or self.length > keys.shape[2] or keys.requires_grad:
-            keys = self.keys = _grown(keys, k, start, self.length)
-            values = self.values = _grown(values, v, start, self.length)
-        keys[:, :, start : self.length] = k
-        values[:, :, start : self.length] = v
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = change(self.keys), change(self.values)
-
-
-def _grown(old: Tensor | None, new: Tensor, filled: int, needed: int) -> Tensor:
-    capacity = needed if old is None else max(needed, 2 * old.shape[2], FIRST_CAPACITY)
-    buffer = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-    if old is not None:
-        buffer[:, :, :filled] = old[:, :, :filled].detach()
-    return buffer
 
 
 class DynamicCache:
@@ -67,28 +25,39 @@ class DynamicCache:
 
     `update` returns views (B, K, S, D) of everything cached for a layer. They stay valid until
     the next update. With gradients wanted, tensors are concatenated instead of written in place.
+
+    With `config`, the model's configuration, layers that see a sliding window keep what later
+    queries will see, and no more: S is then at most window - 1 and the new tokens, as
+    `get_mask_sizes` says. Without one everything is kept.
     """
 
     is_compileable = False
-    is_sliding = False
 
-    def __init__(self) -> None:
-        self._layers: list[_Layer] = []
+    def __init__(self, *, config: PreTrainedConfig | None = None) -> None:
+        self._layers: list[GrowingLayer] = []
+        window, layers = getattr(config, "window", None), getattr(config, "num_hidden_layers", 0)
+        self._windows: list[int | None] = [window(i) for i in range(layers)] if window else []
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer of the configuration, whether it drops tokens."""
+        return [window is not None for window in self._windows]
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, K, T, D) to layer `layer_idx`; returns all its keys and values.
+        """Append k and v (B, K, T, D) to layer `layer_idx`; returns its keys and values.
 
         Raises ValueError where shape, dtype or device differ from what the layer holds.
         """
-        while len(self._layers) <= layer_idx:
-            self._layers.append(_Layer())
+        while (i := len(self._layers)) <= layer_idx:
+            window = self._windows[i] if i < len(self._windows) else None
+            self._layers.append(GrowingLayer() if window is None else SlidingLayer(window))
         layer = self._layers[layer_idx]
         if layer.keys is not None:
             _check_fits(layer.keys, k, layer_idx)
         return layer.update(k, v)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens cached for a layer."""
+        """Tokens that a layer was given, those dropped since included."""
         return self._layers[layer_idx].length if layer_idx < len(self._layers) else 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -96,18 +65,25 @@ class DynamicCache:
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """(keys a query of this length will see, position of the first of them)."""
-        return self.get_seq_length(layer_idx) + query_length, 0
+        """(keys a query of this length will be given, position of the first of them)."""
+        passed = self._layers[layer_idx].passed if layer_idx < len(self._layers) else 0
+        return self.get_seq_length(layer_idx) - passed + query_length, passed
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop tokens from the end: `crop(-n)` drops n, as in transformers 5."""
+        """Drop tokens from the end: `crop(-n)` drops n, as in transformers 5.
+
+        Raises ValueError where a sliding window would reach back to tokens that were dropped.
+        """
         if tokens_to_remove > 0:
             raise ValueError(
                 f"DynamicCache.crop: tokens_to_remove={tokens_to_remove}; pass a negative number, "
                 "-n drops the last n tokens"
             )
-        for layer in self._layers:
-            layer.length = max(0, layer.length + tokens_to_remove)
+        lengths = [max(0, layer.length + tokens_to_remove) for layer in self._layers]
+        for layer, length in zip(self._layers, lengths, strict=True):
+            layer.check_crop(length)
+        for layer, length in zip(self._layers, lengths, strict=True):
+            layer.length = length
 
     def reset(self) -> None:
         """Forget every token and free the buffers."""
@@ -269,6 +245,7 @@ class StaticCache:
     def reset(self) -> None:
         """Forget every token; the buffers stay."""
         self._given = self._most = 0
+        self._slots = None
         if self.lengths is not None:
             self.lengths.zero_()
 
@@ -277,3 +254,46 @@ class StaticCache:
         if self.lengths is not None:
             for t in (self.lengths, *(t for pair in self._buffers if pair for t in pair)):
                 t.copy_(t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows of the batch, in the given order, in buffers of their own size.
+
+        The new buffers lie elsewhere: a graph captured before writes to the old ones.
+        """
+        self._slots = None
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, indices.to(self.lengths.device))
+        for layer, pair in enumerate(self._buffers):
+            if pair is not None:
+                keys, values = (t.index_select(0, indices.to(t.device)) for t in pair)
+                self._buffers[layer] = keys, values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times, as `batch_select_indices` does."""
+        if self.lengths is not None:
+            rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def take_over(self, other: StaticCache) -> None:
+        """Hold what `other` holds, which has as many rows and no more room, in the buffers here.
+
+        Raises ValueError where it does not fit, or where one of the two has no buffers yet.
+        """
+        rows, held = self.batch_size, other.batch_size
+        if rows is None or rows != held or other.max_cache_len > self.max_cache_len:
+            raise ValueError(
+                f"StaticCache.take_over: {held} rows of {other.max_cache_len} tokens do not fit "
+                f"into {rows} of {self.max_cache_len}; both need a first forward, and equal rows"
+            )
+        self.reset()
+        assert self.lengths is not None and other.lengths is not None
+        self.lengths.copy_(other.lengths)
+        self._given, self._most = other._given, other._most
+        for mine, theirs in zip(self._buffers, other._buffers, strict=True):
+            for into, taken in zip(mine or (), theirs or (), strict=True):
+                into[:, :, : other.max_cache_len] = taken[:, :, : other.max_cache_len]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of the batch; None before the first forward."""
+        return None if self.lengths is None else self.lengths.shape[0]

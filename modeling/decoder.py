@@ -128,17 +128,17 @@ class DecoderModel(DecoderPreTrainedModel):
         if position_ids is None and not packing:
             tell_of_long_texts(self, hidden, cache)
         rotations = self.rotations(positions, hidden.dtype)
-        masks: dict[int | None, Mask] = {None: mask}
+        masks: dict[tuple[int | None, int], Mask] = {(None, 0): mask}
         residual: Tensor | None = None
         states: list[Any] = [None] * (len(layers) + 1)
         for i, layer in enumerate(layers):
             if i in kept:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
                 states[i] = hidden
-            window, rotation = layer.window, rotations[layer.layer_type]
-            if window not in masks:
-                masks[window] = narrowed(mask, window)
-            stream = (hidden, residual, rotation, masks[window], cache)
+            rotation, sees = rotations[layer.layer_type], (layer.window, passed_by(layer, cache))
+            if sees not in masks:
+                masks[sees] = narrowed(mask, *sees)
+            stream = (hidden, residual, rotation, masks[sees], cache)
             hidden, residual, weights, routed = run_layer(
                 layer, *stream, found.attentions is not None
             )
@@ -284,8 +284,14 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         return logits, causal_lm_loss(logits, labels, **given) if asked else None
 
 
-def narrowed(mask: Mask, window: int) -> Mask:
-    """A mask with a sliding window on top of what it shows."""
+def passed_by(layer: Any, cache: DynamicCache | StaticCache | None) -> int:
+    """How many of the first tokens a layer's cache will not hand out any more."""
+    return 0 if cache is None else cache.get_mask_sizes(0, layer.self_attn.layer_idx)[1]
+
+
+def narrowed(mask: Mask, window: int, passed: int = 0) -> Mask:
+    """A mask with a sliding window on top of what it shows, over keys from `passed` on."""
+    mask = mask.from_key(passed)
     width = window if mask.window is None else min(window, mask.window)
     # past an end, or under a mask, the keys that a row was promised may lie before its window
     sees_itself = mask.causal and mask.interval and mask.end is None

@@ -29,6 +29,8 @@ ARGUMENTS = {
     "token_type_ids": "(B, T), the segment of each token; 0 where left out",
     "position_ids": "(B or 1, T); counted on from the cache where left out",
     "past_key_values": "a DynamicCache or StaticCache to read and to write to",
+    "encoder_hidden_states": "an encoder's states (B, S, hidden_size), for cross-attention",
+    "encoder_attention_mask": "(B, S) with 0 on the encoder's padding, or as `attention_mask`",
     "inputs_embeds": "vectors (B, T, hidden_size) instead of `input_ids`",
     "labels": "what the loss is taken against; -100 is ignored where labels are whole numbers",
     "start_positions": "(B,), the first token of each answer",

@@ -97,10 +97,11 @@ class LoadingMixin:
         `state_dict` with a `config`. dtype: "auto" is the configuration's, else that of the first
         stored tensor; None is fp32. device_map: a device, a dict of modules and devices, or "auto"
         (modeling/devices.py). strict: "head" lets parameters of a new head be missing, True
-        nothing, False anything. Other keyword arguments replace configuration values.
+        nothing, False anything. Other arguments are `__init__`'s, or replace configuration values.
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
         an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
         """
+        built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
         overrides = _config_overrides(cls, options)
         directory = source_directory(cls, path, subfolder, config, state_dict, hub_options(options))
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
@@ -109,7 +110,7 @@ class LoadingMixin:
         own = stored.replace(**overrides).running(kernels, **backends)
         checkpoint = Checkpoint.open(directory) if directory else GivenTensors.of(state_dict)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
-        model = _on_meta(cls, own)
+        model = _on_meta(cls, own, **built_with)
         placement = place(model, device_map, max_memory, chosen)
         report = _read(
             model,
@@ -193,14 +194,16 @@ def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, 
         )
 
 
-def _on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _on_meta(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, **arguments: Any
+) -> PreTrainedModel:
     if torch.get_default_device().type == "meta":
         raise RuntimeError(
             "You are using `from_pretrained` with a meta device context manager, which would "
             "discard the weights; leave the context, or use from_config in it"
         )
     with torch.device("meta"):
-        return model_class(config)
+        return model_class(config, **arguments)
 
 
 def _read(
@@ -228,10 +231,16 @@ def _in_fp32(model: PreTrainedModel, dtype: torch.dtype, name: str) -> bool:
     return not parts.isdisjoint(name.split("."))
 
 
+def _init_arguments(cls: type[PreTrainedModel]) -> set[str]:
+    """What a model's `__init__` takes by name besides a configuration."""
+    others = list(inspect.signature(cls.__init__).parameters.values())[2:]
+    return {one.name for one in others if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+
+
 def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> dict[str, Any]:
     """The part of `**options` for the configuration; an error for a name that nothing takes."""
     own = {*inspect.signature(LoadingMixin.from_pretrained).parameters, *HUB_OPTIONS}
-    own -= {"path", "options"}
+    own = (own | _init_arguments(cls)) - {"path", "options"}
     fields = set(cls.config_class.accepted_keys()) - set(RUNTIME)
     for name, value in options.items():
         if name in ELSEWHERE and value:

@@ -41,6 +41,31 @@ def bidirectional_mask(given: Tensor | Mask | None, hidden: Tensor) -> Mask:
     return _mask(given, hidden, 0, causal=False)
 
 
+def cross_mask(given: Tensor | Mask | None, hidden: Tensor, S: int) -> Mask:
+    """The Mask of a decoder's T = hidden.shape[1] tokens over S states of an encoder.
+
+    Takes (B, S) for padding, and the other forms with T rows; none is causal.
+    Raises ValueError or TypeError for shapes and values outside the table of this module.
+    """
+    if not isinstance(given, Tensor):
+        return _mask(given, hidden, 0, causal=False)
+    B, T = hidden.shape[:2]
+    mask = given.to(hidden.device)
+    if mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    rows = (1, T) if mask.dim() == 4 else (B,)
+    fits = mask.dim() in (2, 4) and mask.shape[-1] == S and mask.shape[-2] in rows
+    if not fits or mask.shape[0] not in (1, B):
+        raise ValueError(
+            f"encoder_attention_mask has shape {tuple(given.shape)}, but {B} sequences of {T} "
+            f"tokens over {S} states of an encoder need ({B}, {S}), ({B}, {T}, {S}), "
+            f"({B}, 1, 1, {S}) or ({B}, 1 or heads, {T}, {S})"
+        )
+    if mask.dim() == 4 and (mask.shape[1:3] != (1, 1) or mask.is_floating_point()):
+        return _full(mask, causal=False)
+    return _padding(mask.view(-1, S).expand(B, S), T, S, causal=False)
+
+
 def _mask(given: Tensor | Mask | None, hidden: Tensor, past: int, *, causal: bool) -> Mask:
     if given is None:
         return Mask(causal=causal, rows_may_be_empty=False)

@@ -153,10 +153,18 @@ def _built(given: object) -> PreTrainedModel:
 
 def _cache(model: PreTrainedModel, tokens: int, e: int) -> int:
     config: Any = model.config
-    if not getattr(config, "use_cache", False) or not hasattr(config, "num_key_value_heads"):
+    decodes = hasattr(config, "num_key_value_heads") or getattr(config, "is_decoder", False)
+    if not decodes or not config.use_cache:
         return 0
-    per_token = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    return 2 * per_token * tokens * e
+    K, D = _heads(config)
+    return 2 * K * D * config.num_hidden_layers * tokens * e
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Key heads of a layer and their size, which are no fields of BERT's configuration."""
+    H = config.num_attention_heads
+    K = getattr(config, "num_key_value_heads", None) or H
+    return K, getattr(config, "head_dim", None) or config.hidden_size // H
 
 
 def _logits(
@@ -176,8 +184,7 @@ def _activations(model: PreTrainedModel, e: int) -> tuple[int, int, int]:
     """Bytes a token: kept in training, kept with checkpointing, and held in inference."""
     config: Any = model.config
     h, layers, H = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    D = getattr(config, "head_dim", None) or h // H
-    K = getattr(config, "num_key_value_heads", None) or H
+    K, D = _heads(config)
     experts = getattr(config, "num_experts_per_tok", None)
     width = getattr(config, "moe_intermediate_size", None) if experts else None
     f = (width or config.intermediate_size) * (experts or 1)

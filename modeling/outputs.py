@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.cross_cache import EncoderDecoderCache
 
 
 def _with_keys(out: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -110,12 +111,12 @@ class BaseModelOutputWithPast(ModelOutput):
 
 @dataclass
 class BaseModelOutputWithPoolingAndCrossAttentions(ModelOutput):
-    """BERT's result, which in HF may also come from a decoder with cross-attention."""
+    """BERT's result, which may come from a decoder with cross-attention."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
-    past_key_values: DynamicCache | StaticCache | None = None
+    past_key_values: DynamicCache | StaticCache | EncoderDecoderCache | None = None
     attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
 

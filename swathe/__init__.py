@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from swathe.modeling.cache import DynamicCache, StaticCache
     from swathe.modeling.checkpoint.errors import CheckpointError
     from swathe.modeling.config import PreTrainedConfig, PretrainedConfig
+    from swathe.modeling.cross_cache import EncoderDecoderCache
     from swathe.modeling.dispatch import dispatch_model
     from swathe.modeling.errors import ConfigError, UninitializedParameter
     from swathe.modeling.families import *  # noqa: F403
@@ -70,6 +71,7 @@ _HOME = {
     "CheckpointError": "swathe.modeling.checkpoint.errors",
     "ConfigError": "swathe.modeling.errors",
     "DynamicCache": "swathe.modeling.cache",
+    "EncoderDecoderCache": "swathe.modeling.cross_cache",
     "GenerationConfig": "swathe.modeling.generation.config",
     "KernelPolicy": "swathe.modeling.policy",
     "KernelReport": "swathe.modeling.policy",
@@ -119,6 +121,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DynamicCache",
+    "EncoderDecoderCache",
     "GenerationConfig",
     "KernelPolicy",
     "KernelReport",

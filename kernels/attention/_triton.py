@@ -33,11 +33,10 @@ from swathe.kernels.attention._triton_blocks import (
     Blocks,
     Cut,
     cut,
-    strides_of,
     tiles_by_tma,
 )
 from swathe.kernels.attention._triton_decode import decode
-from swathe.kernels.attention.op import empty_backward, empty_forward
+from swathe.kernels.attention.op import empty_backward, empty_forward, strides_of
 from swathe.kernels.core.device import guard
 from swathe.kernels.core.launch import Launcher, cdiv
 from swathe.kernels.core.rows import unit_rows

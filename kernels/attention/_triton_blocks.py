@@ -157,10 +157,3 @@ def fits_tma(t: Tensor) -> bool:
         and t.stride(3) == 1
         and all(stride > 0 and stride % step == 0 for stride in t.stride()[:3])
     )
-
-
-def strides_of(t: Tensor | None) -> tuple[int, ...]:
-    """Strides of a mask or bias with as many dimensions, 0 where it is broadcast; None has four."""
-    if t is None:
-        return 0, 0, 0, 0
-    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))

@@ -28,7 +28,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swathe.kernels.attention._triton_blocks import strides_of
 from swathe.kernels.attention._triton_forward import settled, weigh
 from swathe.kernels.attention._triton_tiles import (
     FAR,
@@ -45,6 +44,7 @@ from swathe.kernels.attention._triton_tiles import (
     visibility,
     zeros,
 )
+from swathe.kernels.attention.op import strides_of
 from swathe.kernels.core.device import arch, guard, multiprocessors
 from swathe.kernels.core.launch import Launcher, cdiv, next_power_of_2
 from swathe.kernels.core.rows import unit_rows

@@ -15,7 +15,7 @@ from swathe.kernels.attention.mask import Mask
 from swathe.kernels.attention.op import fused
 from swathe.kernels.attention.spec import FEATURES, AttentionSpec
 from swathe.kernels.attention.validation import describe, placed, validate, validate_scores
-from swathe.kernels.core.backends import triton_backend
+from swathe.kernels.core.backends import cpp_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
@@ -214,4 +214,10 @@ _triton = triton_backend(
     max_size=256,
 )
 register_backend(replace(_triton, limits=_limits_of_pages))
-set_preference(OP, [Prefer(("sdpa", "eager"))])
+_cpp = cpp_backend(
+    OP,
+    lambda: fused("cpp", "swathe.kernels.attention._cpp"),
+    dict.fromkeys(("grouped", *FEATURES), ANY),
+)
+register_backend(replace(_cpp, limits=_limits_of_pages))
+set_preference(OP, [Prefer(("cpp", "sdpa", "eager"), device="cpu"), Prefer(("sdpa", "eager"))])

@@ -102,6 +102,31 @@ class Mask:
         places = lengths[:, None] - rows + torch.arange(rows, device=lengths.device)
         return replace(self, end=lengths, places=places)
 
+    def from_key(self, first: int) -> Mask:
+        """The same mask over a cache that has dropped its first `first` keys.
+
+        Raises ValueError for chunks without a start, which begin at the first key.
+        """
+        if not first:
+            return self
+        if self.start is None and self.chunk is not None:
+            raise ValueError(
+                f"Mask: chunk={self.chunk} counts from the first key, and the cache has dropped "
+                f"{first}; give start, or use a cache that keeps all keys"
+            )
+        start, end, places = (
+            None if t is None else t - first for t in (self.start, self.end, self.places)
+        )
+        if start is None and self.prefix is not None:
+            start = torch.full_like(self.prefix, -first)
+        keys, allowed, bias = (
+            t if t is None or t.shape[-1] == 1 else t[..., first:]
+            for t in (self.keys, self.allowed, self.bias)
+        )
+        return replace(
+            self, start=start, end=end, places=places, keys=keys, allowed=allowed, bias=bias
+        )
+
     @property
     def interval(self) -> bool:
         """Whether row intervals say everything, so that a kernel needs no (T, S) tensor."""

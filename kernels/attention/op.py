@@ -67,6 +67,13 @@ def empty_backward(
     return empty_as(q), empty_as(k), empty_as(v), stats
 
 
+def strides_of(t: Tensor | None) -> tuple[int, ...]:
+    """Strides of a mask or bias with as many dimensions, 0 where it is broadcast; None has four."""
+    if t is None:
+        return 0, 0, 0, 0
+    return tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+
+
 def _empty_bias(do: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, *rows: Any) -> Tensor:
     return torch.empty_like(rows[_BIAS], memory_format=torch.contiguous_format)
 

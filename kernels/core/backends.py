@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from importlib import import_module
 from typing import Any
 
+from swathe.kernels.core.cpp import why_unavailable
 from swathe.kernels.core.device import interpreting
 from swathe.kernels.core.launch import why_no_triton
 from swathe.kernels.core.registry import Backend
@@ -26,6 +27,19 @@ def eager_backend(op: str, function: str, features: Features) -> Backend:
             dtypes=FLOATS_AND_DOUBLE,
             features=features,
         ),
+    )
+
+
+def cpp_backend(op: str, load: Callable[[], Callable[..., Any]], features: Features) -> Backend:
+    """The C++ library of csrc/, for CPUs; `missing` says why an installation lacks it."""
+    return Backend(
+        op,
+        "cpp",
+        load=load,
+        capabilities=Capabilities(
+            devices=frozenset({"cpu"}), dtypes=FLOATS, features=features, graph_capture=False
+        ),
+        missing=why_unavailable,
     )
 
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import c_char_p, c_int32
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 2  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 4  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
@@ -26,9 +28,15 @@ _REBUILD = "run `pip install -e .` (or `pip install .`) again where a C++ compil
 _SIGNATURES = {
     "swathe_abi_version": [],
     "swathe_isa": [],
+    "swathe_use_isa": [c_int32],
     "swathe_threaded": [],
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
+    "swathe_rotary": [c_char_p],
+    "swathe_attention_forward": [c_char_p],
+    "swathe_attention_decode": [c_char_p],
+    "swathe_attention_backward": [c_char_p],
+    "swathe_attention_backward_bias": [c_char_p],
 }
 
 
@@ -85,6 +93,13 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@cache
+def entry(name: str) -> Callable[[bytes], int]:
+    """The entry point `name`, which takes packed arguments and returns 0, or what went wrong."""
+    function: Callable[[bytes], int] = getattr(library(), name)
+    return function
+
+
 def why_unavailable() -> str | None:
     """Why backend "cpp" cannot be used in this installation, or None."""
     return _state()[1] or None
@@ -93,3 +108,13 @@ def why_unavailable() -> str | None:
 def isa() -> str:
     """The instruction set that the library uses here: "avx512", "avx2" or "portable"."""
     return ISAS[library().swathe_isa()]
+
+
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """Use a narrower instruction set than the widest that there is, in every thread; for tests."""
+    library().swathe_use_isa(ISAS.index(name))
+    try:
+        yield
+    finally:
+        library().swathe_use_isa(-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 _OPERATORS: dict[str, Op] = {}
 
 
@@ -48,12 +48,15 @@ class Op:
 
     def launch(self, *args: Any) -> Any:
         """Run the kernel on real tensors."""
-        if self._launcher is None:
-            self._launcher = getattr(import_module(self._module), self._function)
-        return self._launcher(*args)
+        launcher = self._launcher
+        if launcher is None:
+            launcher = self._launcher = getattr(import_module(self._module), self._function)
+        return launcher(*args)
 
     def __call__(self, *args: Any) -> Any:
-        return self._handle(*args) if _traced(args) else self.launch(*args)
+        if _traced(args):
+            return self._handle(*args)
+        return self.launch(*args) if self._launcher is None else self._launcher(*args)
 
 
 def operator(name: str) -> Op:
@@ -135,7 +138,7 @@ def _traced(args: tuple[Any, ...]) -> bool:
         return True
     found = False
     for a in args:
-        if isinstance(a, Tensor) and type(a) not in _PLAIN:
+        if type(a) not in _PLAIN and isinstance(a, Tensor):
             _refuse_sharded(a)
             found = True
     return found

@@ -8,7 +8,7 @@ Tables   cos, sin: (S, W), (B or 1, S, W), or with positions (P, W), whose rows 
          need not be equal. W = R/2 ("compact"): one entry for both.
 mrope    sections (t, h, w) of pairs, t + h + w = R/2: pair i reads axis 0, 1 or 2 of a leading axis
          of 3, which the tables have, (3, B or 1, S, W), or the positions, (3, B or 1, S).
-Range    a position outside its table gives NaN on a GPU and IndexError in eager code.
+Range    a position outside its table gives NaN on a GPU and IndexError on a CPU.
 Kernels  core/heads.py loads them.
 Source   Su et al. 2021, arXiv:2104.09864, eq. 34; mrope: Qwen2-VL, arXiv:2409.12191, section 2.1.
 """

@@ -12,22 +12,21 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, library
+from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, entry
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_add
 
 # ForwardArguments and BackwardArguments of csrc/norm.cpp
-_FORWARD = Struct("=6Q8q2d3q")
-_BACKWARD = Struct("=7Q8qd2q")
-BEST_ISA = -1  # tests pass the number of a narrower instruction set
+_FORWARD = Struct("=6Q8q2d2q")
+_BACKWARD = Struct("=7Q8qdq")
 
 
 def forward(
-    x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, isa: int = BEST_ISA
+    x: Tensor, weight: Tensor, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
     """y and rstd of x."""
     y, rstd = empty_forward(x, weight, eps, offset, casting)
-    _run_forward(x, None, weight, y, None, rstd, eps, offset, casting, isa)
+    _run_forward(x, None, weight, y, None, rstd, eps, offset, casting)
     return y, rstd
 
 
@@ -38,11 +37,10 @@ def forward_add(
     eps: float,
     offset: float,
     casting: str,
-    isa: int = BEST_ISA,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, h and rstd of h = x + residual."""
     y, h, rstd = empty_forward_add(x, residual, weight, eps, offset, casting)
-    _run_forward(x, residual, weight, y, h, rstd, eps, offset, casting, isa)
+    _run_forward(x, residual, weight, y, h, rstd, eps, offset, casting)
     return y, h, rstd
 
 
@@ -56,7 +54,6 @@ def _run_forward(
     eps: float,
     offset: float,
     casting: str,
-    isa: int,
 ) -> None:
     M, N = rstd.shape[0], x.shape[-1]
     if M == 0:
@@ -83,9 +80,8 @@ def _run_forward(
         offset,
         casting == "llama",
         torch.get_num_threads(),
-        isa,
     )
-    _raise_if(library().swathe_rms_norm_forward(packed), N)
+    _raise_if(entry("swathe_rms_norm_forward")(packed), N)
 
 
 def backward(
@@ -95,7 +91,6 @@ def backward(
     rstd: Tensor,
     dh: Tensor | None,
     offset: float,
-    isa: int = BEST_ISA,
 ) -> tuple[Tensor, Tensor]:
     """dx, to which dh is added where the residual stream carries a gradient of its own, and dw."""
     M, N = rstd.shape[0], h.shape[-1]
@@ -124,9 +119,8 @@ def backward(
         N,
         offset,
         torch.get_num_threads(),
-        isa,
     )
-    _raise_if(library().swathe_rms_norm_backward(packed), N)
+    _raise_if(entry("swathe_rms_norm_backward")(packed), N)
     return dx, dw
 
 

@@ -8,9 +8,8 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
-from swathe.kernels.core.cpp import why_unavailable
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
@@ -164,17 +163,7 @@ register_backend(
         limits=_mixed_with_double,
     )
 )
-register_backend(
-    Backend(
-        OP,
-        "cpp",
-        load=lambda: fused("cpp", "swathe.kernels.norm._cpp"),
-        capabilities=Capabilities(
-            devices=frozenset({"cpu"}), dtypes=FLOATS, features=_FUSED, graph_capture=False
-        ),
-        missing=why_unavailable,
-    )
-)
+register_backend(cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.norm._cpp"), _FUSED))
 register_backend(triton_backend(OP, lambda: fused("triton", "swathe.kernels.norm._triton"), _FUSED))
 set_preference(
     OP,

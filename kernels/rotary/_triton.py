@@ -34,9 +34,9 @@ from swathe.kernels.core.heads import (
     unit,
 )
 from swathe.kernels.core.launch import Launcher, cdiv
-from swathe.kernels.core.rotation import Angles, angles
+from swathe.kernels.core.rotation import Angles
 from swathe.kernels.core.rows import unit_rows
-from swathe.kernels.rotary.op import empty
+from swathe.kernels.rotary.op import empty, launchers
 
 
 @triton.jit(do_not_specialize=["M", "S", "H", "Hk", "heads_each", "rows", "h_start", "w_start"])
@@ -83,18 +83,6 @@ def _rotate(
 _rotate_at = Launcher(_rotate)
 
 
-def forward(q: Tensor, k: Tensor | None, cos: Tensor, *layout: Any) -> list[Tensor]:
-    """q, and k where there is one, turned by their angles."""
-    *rotation, casting = layout
-    rounded = casting == "llama" and cos.dtype == q.dtype
-    return _run(q, k, angles(cos, *rotation), rotation[-2:], rounded, False)
-
-
-def backward(dq: Tensor, dk: Tensor | None, cos: Tensor, *layout: Any) -> list[Tensor]:
-    """The gradients, turned back."""
-    return _run(dq, dk, angles(cos, *layout), layout[-2:], False, True)
-
-
 def _run(
     q: Tensor,
     k: Tensor | None,
@@ -127,3 +115,6 @@ def _run(
             warps,
         )
     return found
+
+
+forward, backward = launchers(_run)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, overload
 
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.op import wants_gradient
@@ -76,7 +76,7 @@ def rotary(
     of positions. `interleaved` pairs neighbours (GPT-J, Cohere) instead of halves (Llama).
     Rounding: casting "fp32" computes in fp32 and rounds once; "llama" rounds products and sum as
     HF's apply_rotary_pos_emb does, bit for bit with tables of q's dtype. A position outside its
-    table gives NaN on a GPU, IndexError on "eager".
+    table gives NaN on a GPU, IndexError on a CPU.
     `implementation` is a backend's name, "auto", or a Choice from `resolve_rotary`.
 
     Raises ValueError or TypeError for shapes, devices and dtypes that do not fit, before anything
@@ -131,12 +131,19 @@ def _validate(q: Tensor, k: Tensor | None, casting: str) -> None:
 register_backend(
     eager_backend(OP, "swathe.kernels.rotary.eager.rotary", {"table_dtype": ANY, "table_grad": ANY})
 )
+_FUSED: dict[str, frozenset[Hashable] | str] = {"table_dtype": frozenset[Hashable](FLOATS)}
+
+register_backend(cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.rotary._cpp"), _FUSED))
 register_backend(
     triton_backend(
-        OP,
-        lambda: fused("triton", "swathe.kernels.rotary._triton"),
-        {"table_dtype": frozenset(FLOATS)},
-        max_size=MAX_HEAD,
+        OP, lambda: fused("triton", "swathe.kernels.rotary._triton"), _FUSED, max_size=MAX_HEAD
     )
 )
-set_preference(OP, [Prefer(("triton", "eager"), device="cuda"), Prefer(("eager",))])
+set_preference(
+    OP,
+    [
+        Prefer(("triton", "eager"), device="cuda"),
+        Prefer(("cpp", "eager"), device="cpu"),
+        Prefer(("eager",)),
+    ],
+)

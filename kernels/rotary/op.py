@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.core.op import Op, any_batched, apply, differentiating, gradient, operator
+from swathe.kernels.core.rotation import angles
 from swathe.kernels.core.rows import empty_as, unit_rows
 
 _OPERANDS = (
@@ -32,6 +33,23 @@ _defined: set[str] = set()
 def empty(q: Tensor, k: Tensor | None, *_: Any) -> list[Tensor]:
     """Uninitialised results for q and, where there is one, k: what a launcher fills."""
     return [empty_as(q)] if k is None else [empty_as(q), empty_as(k)]
+
+
+def launchers(run: Callable[..., list[Tensor]]) -> tuple[Callable[..., list[Tensor]], ...]:
+    """A backend's `forward` and `backward` from run(q, k, angles, pairs, rounded, back).
+
+    `pairs` is (rotary_dim, interleaved); `rounded` asks for casting "llama" with its own roundings.
+    """
+
+    def forward(q: Tensor, k: Tensor | None, cos: Tensor, *layout: Any) -> list[Tensor]:
+        *rotation, casting = layout
+        rounded = casting == "llama" and cos.dtype == q.dtype
+        return run(q, k, angles(cos, *rotation), rotation[-2:], rounded, False)
+
+    def backward(dq: Tensor, dk: Tensor | None, cos: Tensor, *layout: Any) -> list[Tensor]:
+        return run(dq, dk, angles(cos, *layout), layout[-2:], False, True)
+
+    return forward, backward
 
 
 def fused(backend: str, module: str) -> Callable[..., Any]:

@@ -1,29 +1,32 @@
 """Generation: a prefill forward, then one forward a token, greedy or sampled.
 
 The model is called as `model(input_ids, attention_mask, position_ids, past_key_values, use_cache,
-logits_to_keep=1)` with keywords and returns `.logits` (B, 1, V); it fills the cache in place.
+logits_to_keep=1)` with keywords and returns `.logits` (B, 1, V); it fills the cache in place. With
+a StaticCache, which has both, mask and positions are None after the prefill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from swathe.modeling.cache import DynamicCache, StaticCache
+from swathe.modeling.generation.graph import captures, decoding, forget_graphs
 from swathe.modeling.generation.options import (
     check_cache,
-    chooser,
     continuations,
     new_tokens,
     refuse_unknown,
+    sampling,
 )
 from swathe.modeling.generation.prompt import Prompt, SpecialTokens, read_prompt
-from swathe.modeling.generation.repetition import RepetitionPenalty
-from swathe.modeling.generation.sampling import NEVER
+from swathe.modeling.generation.repetition import check_penalty
+from swathe.modeling.generation.sampling import Sampling
+from swathe.modeling.generation.step import DecodeStep, Policy, last_logits
 from swathe.modeling.generation.stopping import Decoder, StopStrings
 from swathe.modeling.generation.streamer import Streamer
 from swathe.modeling.outputs import ModelOutput
@@ -68,6 +71,7 @@ class GenerationMixin:
         generator: torch.Generator | None = None,
         return_dict: bool = False,
         cache_implementation: str | None = None,
+        cuda_graph: bool | Literal["auto"] = "auto",
         **unknown: Any,
     ) -> Tensor | GenerateOutput:
         """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens or max_length - T.
@@ -75,142 +79,132 @@ class GenerationMixin:
         `attention_mask` (B, T) is 0 on padding, on any side of a row. The result holds the prompt
         as it was given; every row's new tokens start in column T. A row ends with any of
         `eos_token_id` (an empty list: never) and is filled with `pad_token_id`; both default to the
-        model's generation_config, then config, padding finally to the first EOS. Nothing else is
-        taken from a file. It ends, too, with the token that completes one of `stop_strings` in the
-        text of its new tokens, which `tokenizer` decodes; min_new_tokens only keeps EOS away.
+        model's generation_config, then config, padding finally to the first EOS. It ends, too, with
+        the token that completes one of `stop_strings` in the text of its new tokens, which
+        `tokenizer` decodes; min_new_tokens only keeps EOS away. No other option is from a file.
         `repetition_penalty` counts the prompt, not its padding. With do_sample=True apply
         `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
         `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
         `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
-        which grows, or "static", which has its room at once.
+        which grows, or "static", with its room at once and steps that `cuda_graph` "auto" captures
+        and replays where it can, see graph.py; True raises where it cannot.
 
         Raises TypeError for unknown options and wrong types, ValueError for values out of range.
         """
-        if unknown:
-            refuse_unknown(next(iter(unknown)))
+        refuse_unknown(unknown)
         check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
         prompt = prompt.repeated(continuations(num_return_sequences, do_sample))
-        (B, T), device = prompt.ids.shape, prompt.ids.device
+        T, device = prompt.ids.shape[1], prompt.ids.device
         new = new_tokens(max_new_tokens, max_length, min_new_tokens, T)
-        choose = chooser(do_sample, device, temperature, top_k, top_p, min_p, generator)
-        run = _Run(self, prompt, special, new, streamer, cache_implementation == "static")
-        run.stop = StopStrings.of(stop_strings, tokenizer, B, special.pad)
-        run.penalty = RepetitionPenalty.of(repetition_penalty, prompt)
-        sequences = run.all_tokens(choose, min_new_tokens)
+        drawn = sampling(do_sample, device, generator, Sampling(temperature, top_k, top_p, min_p))
+        stop = StopStrings.of(stop_strings, tokenizer, len(prompt.ids), special.pad)
+        graph = captures(cuda_graph, self, cache_implementation) and new > 1
+        penalty, early = check_penalty(repetition_penalty), min_new_tokens > 0
+        policy = Policy(drawn, penalty, special.ends, special.pad, stop is not None, early)
+        room, cache = T + new, cache_implementation
+        with decoding(self, policy, prompt, room, generator, cache, graph) as (step, go):
+            step.start(prompt, min_new_tokens)
+            sequences = _Run(self, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences
+
+    def forget_graphs(self) -> None:
+        """Free the graphs that `generate` keeps for later calls, and their caches."""
+        forget_graphs(self)
 
 
 class _Run:
-    """The state of one call: every buffer is made once, at its final size."""
-
-    stop: StopStrings | None = None
-    penalty: RepetitionPenalty | None = None
+    """One call: a prefill, then steps until every row has ended or there is no more room."""
 
     def __init__(
         self,
         model: Any,
         prompt: Prompt,
-        special: SpecialTokens,
         max_new_tokens: int,
+        step: DecodeStep,
+        go: Callable[[], None],
+        stop: StopStrings | None,
         streamer: Streamer | None,
-        static: bool,
     ):
         B, T = prompt.ids.shape
-        device = prompt.ids.device
-        self.model, self.prompt, self.special, self.streamer = model, prompt, special, streamer
-        room = T + max_new_tokens
-        self.cache = StaticCache(model.config, room) if static else DynamicCache()
+        self.model, self.prompt, self.step, self.go = model, prompt, step, go
+        self.stop, self.streamer = stop, streamer
+        self.cache = DynamicCache(config=model.config) if step.cache is None else step.cache
         self.start = self.length = T
-        self.sequences = prompt.ids.new_empty(B, room)
-        self.sequences[:, :T] = prompt.ids
+        self.end = T + max_new_tokens
         self.mask: Tensor | None = None
-        self.positions = torch.arange(room, device=device)[None]
+        self.positions = torch.arange(self.end, device=prompt.ids.device)[None]
         if prompt.mask is not None:
-            self.mask = prompt.mask.new_ones(B, room)
+            self.mask = prompt.mask.new_ones(B, self.end)
             self.mask[:, :T] = prompt.mask
             self.positions = (self.mask.cumsum(1) - 1).clamp_min_(0)
-        self.ended = torch.zeros(B, dtype=torch.bool, device=device)
-        self.lengths = torch.full((B,), T, device=device)  # tokens up to and with a row's last
 
-    def all_tokens(self, choose: Callable[[Tensor], Tensor], min_new_tokens: int) -> Tensor:
-        """Run the model until every row has ended or the buffer is full."""
+    def all_tokens(self) -> Tensor:
+        """Prompt and tokens (B, T + n)."""
         if self.streamer is not None:
             self.streamer.put(self.prompt.given.cpu())
-        logits = self._prefill()
-        while True:
-            if self.penalty is not None:
-                logits = self.penalty(logits)
-            if self.length - self.start < min_new_tokens and self.special.eos is not None:
-                logits = logits.index_fill(-1, self.special.eos, NEVER)
-            token = choose(logits)
-            if self.penalty is not None:
-                self.penalty.add(token)
-            self._append(token)
-            if self.length == self.sequences.shape[1] or self._all_ended():
-                return self._finish()
-            logits = self._forward(self.length - 1)
+        self.step.take(self._prefill())
+        while self._goes_on():
+            if isinstance(self.cache, StaticCache):
+                self.go()
+            else:
+                self.step.take(self._forward(self.cache, self.length - 1))
+        return self._finish()
 
     def _prefill(self) -> Tensor:
-        """Logits (B, V) after the prompt; equal rows are read once if the cache can repeat them."""
-        times = self.prompt.times
-        if times == 1 or not isinstance(self.cache, DynamicCache):
-            return self._forward(0)
-        logits = self._forward(0, times)
-        self.cache.batch_repeat_interleave(times)
+        """Logits (B, V) after the prompt; equal rows are read once."""
+        times, cache = self.prompt.times, self.cache
+        if times == 1:
+            return self._forward(cache, 0)
+        if isinstance(cache, StaticCache) and cache.batch_size is not None:
+            # its buffers are a graph's, for all rows
+            few = StaticCache(self.model.config, self.start)
+            logits = self._forward(few, 0, times)
+            few.batch_repeat_interleave(times)
+            cache.take_over(few)
+        else:
+            logits = self._forward(cache, 0, times)
+            cache.batch_repeat_interleave(times)
         return logits.repeat_interleave(times, 0)
 
-    def _forward(self, begin: int, every: int = 1) -> Tensor:
+    def _forward(self, cache: DynamicCache | StaticCache, begin: int, every: int = 1) -> Tensor:
         """Logits (B / every, V) after the newest token; the cache holds those before `begin`."""
-        out = self.model(
-            input_ids=self.sequences[::every, begin : self.length],
-            attention_mask=None if self.mask is None else self.mask[::every, : self.length],
-            position_ids=self.positions[::every, begin : self.length],
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            logits_to_keep=1,
+        return last_logits(
+            self.model,
+            self.step.sequences[::every, begin : self.length],
+            cache,
+            None if self.mask is None else self.mask[::every, : self.length],
+            self.positions[::every, begin : self.length],
         )
-        logits: Tensor = out.logits[:, -1]
-        return logits
 
-    def _append(self, token: Tensor) -> None:
-        """Add each row's token (B,), or padding where the row has ended."""
-        special = self.special
-        if self._may_end():
-            # without a token to pad with there is one row, and its end is the last step
-            if special.pad is not None:
-                token = token.masked_fill(self.ended, special.pad)
-            self.lengths += ~self.ended
-        if special.eos is not None:
-            self.ended |= (token[:, None] == special.eos).any(1)
-        if self.stop is not None:
-            self.ended |= self.stop.met(token, self.ended)
-        self.sequences[:, self.length] = token
+    def _goes_on(self) -> bool:
+        """Look at what the last step added: whether another one is to follow."""
         self.length += 1
+        step = self.step
+        if self.stop is not None:
+            step.ended |= self.stop.met(step.token[:, 0], step.ended)
         if self.streamer is not None:
-            self.streamer.put(token.cpu())
-
-    def _may_end(self) -> bool:
-        return self.special.eos is not None or self.stop is not None
+            self.streamer.put(step.token[:, 0].cpu())
+        return self.length < self.end and not self._all_ended()
 
     def _poll(self) -> int:
         """Steps between two looks at the ends of rows."""
         waits_anyway = self.streamer is not None or self.stop is not None
-        return 1 if waits_anyway else POLL.get(self.sequences.device.type, POLL_OTHERWISE)
+        return 1 if waits_anyway else POLL.get(self.prompt.ids.device.type, POLL_OTHERWISE)
 
     def _all_ended(self) -> bool:
         """Whether every row has ended; on a GPU it is looked at only now and then."""
-        if not self._may_end() or (self.length - self.start) % self._poll():
+        if not self.step.policy.may_end or (self.length - self.start) % self._poll():
             return False
-        return bool(self.ended.all())
+        return bool(self.step.ended.all())
 
     def _finish(self) -> Tensor:
         """Prompt and tokens, without the steps after the last row ended."""
         if self.streamer is not None:
             self.streamer.end()
-        if self._may_end() and self._poll() > 1:
-            self.length = int(self.lengths.max())
-        self.sequences[:, : self.start] = self.prompt.given
-        return self.sequences[:, : self.length].contiguous()
+        if self.step.policy.may_end and self._poll() > 1:
+            self.length = int(self.step.lengths.max())
+        self.step.sequences[:, : self.start] = self.prompt.given
+        # not a view: a graph's next call writes to the buffer
+        return self.step.sequences[:, : self.length].clone()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from swathe.kernels.core.errors import did_you_mean
-from swathe.modeling.generation.sampling import check_options, greedy, sample
+from swathe.modeling.generation.sampling import Sampling, check_options
 
 OPTIONS = (
     "input_ids", "attention_mask", "max_new_tokens", "max_length", "min_new_tokens", "do_sample",
     "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "eos_token_id", "pad_token_id", "stop_strings", "tokenizer", "streamer", "generator",
-    "return_dict", "cache_implementation",
+    "return_dict", "cache_implementation", "cuda_graph",
 )  # fmt: skip
 _CACHES = (None, "dynamic", "static")
-_UNSET = {"temperature": 1.0}
 _ELSEWHERE = {
     "num_beams": "beam search is transformers' own: use it there",
     "return_dict_in_generate": "the option is return_dict here",
@@ -62,36 +58,31 @@ def new_tokens(
     return most
 
 
-def chooser(
+def sampling(
     do_sample: bool,
     device: torch.device,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
     generator: torch.Generator | None,
-) -> Callable[[Tensor], Tensor]:
-    """What takes logits (B, V) to tokens (B,): `greedy`, or `sample` with the options given.
+    options: Sampling,
+) -> Sampling | None:
+    """The options of sampling, checked; None for the most likely token every time.
 
-    Raises ValueError for options of sampling that are out of range, or would do nothing.
+    Raises ValueError for options that are out of range, or would do nothing.
     """
-    how: dict[str, Any] = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "generator": generator,
-    }  # fmt: skip
-    given = [name for name, value in how.items() if value != _UNSET.get(name)]
+    unset = {**Sampling()._asdict(), "generator": None}
+    how: dict[str, Any] = {**options._asdict(), "generator": generator}
+    given = [name for name, value in how.items() if value != unset[name]]
     if given and not do_sample:
         raise ValueError(
             f"{', '.join(how)} choose how to sample, but do_sample is False, so "
             f"{' and '.join(given)} would do nothing; pass do_sample=True or leave them out"
         )
-    check_options(temperature, top_k, top_p, min_p)
+    check_options(*options)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(
             f"generator is on {generator.device}, the logits on {device}; use "
             f"torch.Generator({device.type!r})"
         )
-    return partial(sample, **how) if do_sample else greedy
+    return options if do_sample else None
 
 
 def continuations(num_return_sequences: int, do_sample: bool) -> int:
@@ -114,8 +105,11 @@ def check_cache(name: str | None) -> None:
         raise ValueError(f"cache_implementation={name!r}; allowed: {_CACHES}")
 
 
-def refuse_unknown(name: str) -> None:
+def refuse_unknown(given: dict[str, Any]) -> None:
     """Raise TypeError for an option that `generate` does not have, with what to do instead."""
+    if not given:
+        return
+    name = next(iter(given))
     hint = f" ({_ELSEWHERE[name]})" if name in _ELSEWHERE else did_you_mean(name, OPTIONS)
     raise TypeError(
         f"generate has no option {name!r}{hint}; it has {', '.join(OPTIONS)}. For "

@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """`eos` (E,) on the model's device, None when nothing ends a row; `pad` fills ended rows.
+    """`ends` are the tokens that end a row, `pad` fills ended rows.
 
     `named_pad` is the padding token that the call or a config named; `pad` may be an EOS instead.
     """
 
-    eos: Tensor | None
+    ends: tuple[int, ...]
     pad: int | None
     named_pad: int | None
     bos: int | None
@@ -51,9 +51,8 @@ class SpecialTokens:
                     )
         ends = default("eos_token_id") if eos is None else _listed(eos)
         pads = default("pad_token_id") if pad is None else [pad]
-        device = next(model.parameters()).device
         return cls(
-            torch.tensor(ends, device=device) if ends else None,
+            tuple(ends),
             (pads or ends or [None])[0],
             pads[0] if pads else None,
             next(iter(default("bos_token_id")), None),
@@ -168,9 +167,8 @@ def _warn_of_unmasked_padding(ids: Tensor, special: SpecialTokens) -> None:
     pad = special.named_pad
     if pad is None:
         return
-    also = [] if special.eos is None else special.eos.tolist()
     # a prompt may hold BOS or EOS on purpose; at an end of a row EOS is more likely padding
-    suspects = ids if pad not in (special.bos, *also) else ids[:, [0, -1]]
+    suspects = ids if pad not in (special.bos, *special.ends) else ids[:, [0, -1]]
     if pad != special.bos and bool((suspects == pad).any()):
         warnings.warn(
             f"input_ids holds the padding token {pad}, but no attention_mask was given, so padding "

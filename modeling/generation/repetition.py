@@ -16,22 +16,28 @@ from torch import Tensor
 from swathe.modeling.generation.prompt import Prompt
 
 
+def check_penalty(penalty: float) -> float:
+    """A penalty that can be applied. Raises ValueError unless it is finite and above 0."""
+    if not 0 < penalty < float("inf"):
+        raise ValueError(
+            f"repetition_penalty is {penalty}; give a finite number above 0: 1.0 changes "
+            "nothing, more makes repetition less likely"
+        )
+    return penalty
+
+
 class RepetitionPenalty:
-    """Remembers which tokens each row holds; nothing is read back to the host."""
+    """Remembers which tokens each row holds, in one buffer; nothing is read back to the host."""
 
     def __init__(self, penalty: float, prompt: Prompt):
         self.penalty, self.prompt = penalty, prompt
         self.seen: Tensor | None = None
 
-    @classmethod
-    def of(cls, penalty: float, prompt: Prompt) -> RepetitionPenalty | None:
-        """None for 1.0, which changes nothing. Raises ValueError unless finite and above 0."""
-        if not 0 < penalty < float("inf"):
-            raise ValueError(
-                f"repetition_penalty is {penalty}; give a finite number above 0: 1.0 changes "
-                "nothing, more makes repetition less likely"
-            )
-        return None if penalty == 1.0 else cls(penalty, prompt)
+    def restart(self, prompt: Prompt) -> None:
+        """Forget the tokens of all rows, which now hold those of `prompt` (B, T)."""
+        self.prompt = prompt
+        if self.seen is not None:
+            self.seen.copy_(self._seen_in_prompt(self.seen.shape[1] - 1))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Penalised fp32 logits (B, V)."""

@@ -11,11 +11,21 @@ Source   Gumbel-max: Maddison et al. 2014, arXiv:1411.0030; top-p: Holtzman et a
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+
+
+class Sampling(NamedTuple):
+    """How to sample; None stands for all tokens."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
 
 
 def check_options(

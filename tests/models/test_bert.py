@@ -12,6 +12,7 @@ import swathe
 from support.tiny_bert import CLOSE, HEADS, IDS, TINY, TYPES, B, T, pair, same
 from swathe.kernels.attention.api import Mask
 from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.modeling.cache import DynamicCache
 from swathe.modeling.masks import bidirectional_mask
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -295,10 +296,29 @@ def test_arguments_that_do_not_fit() -> None:
         ({"input_ids": IDS, "token_type_ids": TYPES[:2]}, r"token_type_ids has shape \(2, 11\)"),
         ({"input_ids": IDS, "attention_mask": PADDING["none"].T}, r"has shape \(11, 3\), but 3"),
         ({"input_ids": IDS, "head_mask": torch.ones(2, 4)}, "zero its columns of attention.output"),
-        ({"input_ids": IDS, "encoder_hidden_states": 1}, "cross-attention is not supported"),
+        ({"input_ids": IDS, "encoder_hidden_states": torch.ones(B, 5, 32)}, "need cross-attention"),
+        ({"input_ids": IDS, "use_cache": True}, "no use_cache: an encoder sees all tokens at once"),
+        ({"input_ids": IDS, "past_key_values": DynamicCache()}, "no past_key_values: an encoder"),
     ]
     for arguments, message in refused:
         with pytest.raises(ValueError, match=message):
             model(**arguments)
     with pytest.raises(TypeError, match=r"no argument 'attn_mask' .did you mean 'attention_mask'"):
         model(IDS, attn_mask=PADDING["none"])
+    _, classifier = pair("BertForSequenceClassification")
+    with pytest.raises(UnsupportedFeature, match="no past_key_values: heads read whole texts"):
+        classifier(IDS, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_a_decoder_reads_an_encoder(attn: str) -> None:
+    """Caches and masks of both are in test_dummy_bert.py, which computes by the same code."""
+    theirs, model = pair("BertModel", attn, is_decoder=True, add_cross_attention=True)
+    states, seen = torch.randn(B, 5, 32), torch.tensor([[1] * 5, [1] * 2 + [0] * 3, [0] + [1] * 4])
+    inputs = {"attention_mask": PADDING["right"], "use_cache": False}
+    inputs |= {"encoder_hidden_states": states, "encoder_attention_mask": seen}
+    same(model(IDS, **inputs), theirs(IDS, **inputs))
+    found = model(IDS[:, :4], encoder_hidden_states=states, encoder_attention_mask=seen)
+    more = model(IDS[:, 4:], encoder_attention_mask=seen, past_key_values=found.past_key_values)
+    whole = model(IDS, encoder_hidden_states=states, encoder_attention_mask=seen)
+    torch.testing.assert_close(more[0], whole[0][:, 4:], **CLOSE)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+import swathe
 import swathe.modeling.families.bert.modeling_bert as ours
 from support.tiny_bert import CLOSE, HEADS, IDS, TINY, pair, reference, same
 from swathe.modeling.checkpoint.errors import CheckpointError
@@ -83,6 +84,34 @@ def test_a_checkpoint_without_a_pooler(tmp_path: Path) -> None:
     assert body.pooler is None and body(IDS).pooler_output is None
 
 
+def test_a_body_loads_with_or_without_its_pooler(tmp_path: Path) -> None:
+    theirs = reference("BertModel")
+    theirs.save_pretrained(tmp_path / "with")
+    pooler = {"pooler.dense.weight", "pooler.dense.bias"}
+    body, info = ours.BertModel.from_pretrained(
+        tmp_path / "with", add_pooling_layer=False, output_loading_info=True
+    )
+    assert info["unexpected_keys"] == pooler and not info["missing_keys"]
+    assert body.pooler is None and body(IDS).pooler_output is None
+    torch.testing.assert_close(body(IDS)[0], theirs(IDS)[0], **CLOSE)
+    body.save_pretrained(tmp_path / "without")
+    found, info = ours.BertModel.from_pretrained(tmp_path / "without", output_loading_info=True)
+    assert info["missing_keys"] == pooler and not info["unexpected_keys"]
+    assert not found.pooler.dense.bias.any() and found.pooler.dense.weight.std() > 0.1
+    auto = swathe.AutoModel.from_pretrained(tmp_path / "with", add_pooling_layer=False)
+    assert type(auto) is ours.BertModel and auto.pooler is None
+    again = transformers.BertModel.from_pretrained(tmp_path / "without", add_pooling_layer=False)
+    torch.testing.assert_close(again(IDS)[0], theirs(IDS)[0], **CLOSE)
+
+
+def test_arguments_of_a_constructor_are_as_strict_as_others(tmp_path: Path) -> None:
+    reference("BertModel").save_pretrained(tmp_path)
+    refused = ((ours.BertModel, "add_poling_layer", r" \(did you mean 'add_pooling_layer'\?\)"),)
+    for head, name, near in (*refused, (ours.BertForTokenClassification, "add_pooling_layer", "")):
+        with pytest.raises(TypeError, match=f"has no argument {name!r}{near}; allowed"):
+            head.from_pretrained(tmp_path, **{name: False})
+
+
 def test_missing_parameters_are_initialised_and_their_siblings_kept(tmp_path: Path) -> None:
     theirs = reference("BertForMaskedLM")
     lost = {
@@ -142,8 +171,7 @@ def test_configurations() -> None:
     }
     refused: list[tuple[dict[str, Any], str]] = [
         ({"position_embedding_type": "relative_key"}, "'relative_key' is not supported; allowed"),
-        ({"is_decoder": True}, "is_decoder=True is not supported: this BERT is an encoder"),
-        ({"add_cross_attention": True}, "add_cross_attention=True is not supported"),
+        ({"add_cross_attention": True}, "add_cross_attention=True needs is_decoder=True"),
         ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=12"),
         ({"hidden_act": "gelu_nwe"}, r"'gelu_nwe' \(did you mean 'gelu_new'\?\)"),
         ({"pad_token_id": 30522}, "outside the vocabulary; allowed: None or 0 to"),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from swathe.modeling.cache import FIRST_CAPACITY, DynamicCache
+from swathe.modeling.cache import DynamicCache
+from swathe.modeling.cache_layers import FIRST_CAPACITY
 from swathe.modeling.outputs import CausalLMOutputWithPast
 
 B, K, D = 2, 3, 4

@@ -42,8 +42,7 @@ REFUSED = {
     "pretraining_tp": "the only value allowed is 1",
     "chunk_size_feed_forward": "the only value allowed is 0",
     "use_bidirectional_attention": "is not supported by this causal family",
-    "is_decoder": "is an encoder only; allowed: False",
-    "add_cross_attention": "is an encoder only; allowed: False",
+    "add_cross_attention": "needs is_decoder=True",
     "attn_logit_softcapping": "the only value allowed is None",
 }
 SERVED = {

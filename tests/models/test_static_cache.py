@@ -101,6 +101,48 @@ def test_lengths_set_on_the_device_are_what_counts(model: Any) -> None:
     torch.testing.assert_close(model(IDS, past_key_values=cache).logits, model(IDS).logits, **CLOSE)
 
 
+def test_rows_are_repeated_and_selected(model: Any) -> None:
+    cache, other = StaticCache(model.config, 12), DynamicCache()
+    cache.batch_repeat_interleave(5)
+    assert cache.batch_size is None
+    mask = MASKS["left"]
+    for some in (cache, other):
+        model(IDS, attention_mask=mask, past_key_values=some)
+        some.batch_repeat_interleave(2)
+        some.batch_select_indices(torch.tensor([5, 1, 0, 2]))
+    assert cache.lengths is not None and cache.lengths.tolist() == [2, 9, 9, 6]
+    assert cache.batch_size == other.batch_size == 4
+    wide = mask.repeat_interleave(2, 0)[[5, 1, 0, 2]]
+    new = IDS[:1, :2].expand(4, 2)
+    given = {"attention_mask": torch.cat((wide, torch.ones_like(new)), 1)}
+    expected = model(new, past_key_values=other, **given).logits
+    torch.testing.assert_close(model(new, past_key_values=cache).logits, expected, **CLOSE)
+
+
+def test_a_smaller_cache_is_taken_over(model: Any) -> None:
+    cache, small, other = (
+        StaticCache(model.config, 12),
+        StaticCache(model.config, 9),
+        DynamicCache(),
+    )
+    with pytest.raises(ValueError, match=r"None rows of 9 tokens do not fit into None of 12; both"):
+        cache.take_over(small)
+    model(IDS.flip(1), past_key_values=cache)
+    held = [pair[0].data_ptr() for pair in cache._buffers if pair]
+    for some in (small, other):
+        model(IDS[:, :8], past_key_values=some)
+    cache.take_over(small)
+    assert [pair[0].data_ptr() for pair in cache._buffers if pair] == held
+    expected = model(IDS[:, 8:], past_key_values=other).logits
+    torch.testing.assert_close(model(IDS[:, 8:], past_key_values=cache).logits, expected, **CLOSE)
+    assert cache.get_seq_length() == 9 and small.get_seq_length() == 8
+    with pytest.raises(ValueError, match="3 rows of 12 tokens do not fit into 3 of 9"):
+        small.take_over(cache)
+    small.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"6 rows of 9 tokens .* into 3 of 12; .* equal rows"):
+        cache.take_over(small)
+
+
 def test_a_compiled_step_serves_every_length() -> None:
     torch.compiler.reset()
     model, graphs = build("sdpa"), []

@@ -22,7 +22,7 @@ from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import unregister_backend
 from swathe.kernels.core.spec import ANY, FLOATS, Capabilities
 
-BACKENDS = ("eager", "sdpa", "triton")
+BACKENDS = ("eager", "sdpa", "triton", "cpp")
 B, H, T, S, D = 3, 4, 5, 8, 16
 
 

@@ -13,7 +13,7 @@ import swathe
 from support.tensors import DEVICE
 from swathe.kernels.attention.api import Mask, attention
 
-BACKENDS = ("eager", "sdpa", "triton")
+BACKENDS = ("eager", "sdpa", "triton", "cpp")
 B, H, K, T, S, D = 3, 4, 2, 3, 24, 16
 LENGTHS = torch.tensor([24, 3, 11], device=DEVICE)
 PAGE = 4
@@ -56,7 +56,7 @@ def test_rows_are_the_last_of_their_own_length(backend: str, window: int | None)
         close(found[b : b + 1], attention(*own, mask, implementation="eager"))
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "triton", "cpp"])
 def test_pages_are_the_cache_they_were_cut_from(backend: str) -> None:
     q, k, v = inputs()
     slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], device=DEVICE)

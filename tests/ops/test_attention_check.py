@@ -20,7 +20,7 @@ from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import registered
 from swathe.kernels.core.spec import Spec
 
-BACKENDS = ("eager", "sdpa", "triton")
+BACKENDS = ("eager", "sdpa", "triton", "cpp")
 FEATURES = (
     "grouped", "dropout", "softcap", "alibi", "alibi_gradient", "sinks", "lse", "paged",
 )  # fmt: skip

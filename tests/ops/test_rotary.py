@@ -119,6 +119,10 @@ def test_positions_outside_the_table_touch_nothing_else(backend: str) -> None:
     cos, sin = (t[0] for t in tables(4, 16, torch.float32))
     q = rows(1, 2, 3, 20)
     bad = torch.tensor([1, 4, -1], device=DEVICE)
+    if backend == "cpp":
+        with pytest.raises(IndexError, match=r"positions go from -1 to 4; the tables have 4 rows"):
+            rotary(q, None, cos, sin, rotary_dim=16, positions=bad, implementation=backend)
+        return
     with sanitized():
         y = rotary(q, None, cos, sin, rotary_dim=16, positions=bad, implementation=backend)
     good = rotary(

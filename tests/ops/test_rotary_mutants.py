@@ -32,7 +32,7 @@ KERNEL: dict[str, tuple[str, str, int]] = {
     "always turned back": ("if BACK:", "if True:", 0),
     "turned back without exchange": ("s1, s2 = -s2, -s1", "s1, s2 = -s1, -s2", 0),
     "rounded never": ("y_ptr.dtype.element_ty, ROUND)", "y_ptr.dtype.element_ty, False)", 0),
-    "backward rounds products": ("layout[-2:], False, True)", "layout[-2:], True, True)", 0),
+    "backward rounds products": ("interleaved, rounded, back, *tile", "interleaved, rounded or back, back, *tile", 0),
     "results in the wrong order": ("yq, yk = found[0], found[-1]", "yk, yq = found[0], found[-1]", 0),
 }  # fmt: skip
 SHARED: dict[str, tuple[str, str, int]] = {

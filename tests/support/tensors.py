@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.catalog import backends
+from swathe.kernels.core import cpp
 from swathe.kernels.core.registry import registered
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +24,13 @@ def spread(t: Tensor, gap: int, skip: int) -> Tensor:
     wide = t.new_full((M, N + gap + skip), torch.nan)
     wide[:, skip : skip + N] = t
     return wide[:, skip : skip + N]
+
+
+def instruction_sets() -> list[str]:
+    """Those of the C++ library that this processor runs, narrowest first."""
+    if cpp.why_unavailable():
+        return []
+    return list(cpp.ISAS[: cpp.ISAS.index(cpp.isa()) + 1])
 
 
 def fused_backends(op: str = "rms_norm") -> list[str]:

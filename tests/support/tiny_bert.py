@@ -41,11 +41,16 @@ def reference(head: str, **changes: Any) -> Any:
     theirs_config = transformers.BertConfig(**{**TINY, **changes})
     theirs_config._attn_implementation = "eager"
     theirs = getattr(transformers, head)(theirs_config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(1.0, 0.2)
+    randomise_vectors(theirs)
     return theirs
+
+
+@torch.no_grad()
+def randomise_vectors(model: Any) -> None:
+    """Other values for norms and biases, which both begin with ones that hide mistakes."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(1.0, 0.2)
 
 
 def pair(head: str, attn: str = "eager", **changes: Any) -> tuple[Any, Any]:

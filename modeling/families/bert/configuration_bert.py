@@ -12,7 +12,10 @@ from swathe.modeling.layers.activations import ACT2FN
 
 
 class BertConfig(PreTrainedConfig):
-    """Configuration of a BERT encoder; the defaults are those of bert-base-uncased."""
+    """Configuration of a BERT; the defaults are those of bert-base-uncased.
+
+    `is_decoder` makes attention causal, `add_cross_attention` reads an encoder's states as well.
+    """
 
     model_type: ClassVar[str] = "bert"
     ranges: ClassVar[dict[str, Range]] = {
@@ -65,7 +68,8 @@ class BertConfig(PreTrainedConfig):
         if kind != "absolute":
             raise ConfigError(
                 f"position_embedding_type={kind!r} is not supported; allowed: 'absolute', learned "
-                "positions that are added to the embeddings. transformers 4 runs the relative ones"
+                "positions that are added to the embeddings. For the relative kinds see "
+                "modeling/examples/dummy_bert"
             )
         return values
 
@@ -87,9 +91,8 @@ class BertConfig(PreTrainedConfig):
                 f"pad_token_id={self.pad_token_id} is outside the vocabulary; allowed: None or 0 "
                 f"to vocab_size - 1 = {self.vocab_size - 1}"
             )
-        for name in ("is_decoder", "add_cross_attention"):
-            if getattr(self, name):
-                raise ConfigError(
-                    f"{name}=True is not supported: this BERT is an encoder only; allowed: False. "
-                    "Use a decoder family such as llama, or transformers' own BERT"
-                )
+        if self.add_cross_attention and not self.is_decoder:
+            raise ConfigError(
+                "add_cross_attention=True needs is_decoder=True: only a decoder reads the states "
+                "of an encoder; set is_decoder=True as well, or leave add_cross_attention out"
+            )

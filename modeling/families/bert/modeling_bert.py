@@ -5,178 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from swathe.kernels.attention.api import Mask
-from swathe.kernels.core.errors import UnsupportedFeature
-from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
+from swathe.modeling.families.bert.body_bert import BertModel, BertPreTrainedModel
 from swathe.modeling.families.bert.configuration_bert import BertConfig
-from swathe.modeling.families.bert.encoder_bert import BertEmbeddings, BertEncoder, BertPooler
-from swathe.modeling.forward import (
-    States,
-    checked_embeddings,
-    positions_after,
-    wanted_states,
-    wants,
-)
+from swathe.modeling.families.bert.prediction_bert import BertOnlyMLMHead
+from swathe.modeling.forward import States, wants
 from swathe.modeling.heads import answers
-from swathe.modeling.layers.activations import ACT2FN
-from swathe.modeling.layers.layer_norm import LayerNorm
 from swathe.modeling.losses import (
     linear_causal_lm_loss,
     sequence_classification_loss,
     token_loss,
 )
-from swathe.modeling.masks import bidirectional_mask
-from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.outputs import (
-    BaseModelOutputWithPoolingAndCrossAttentions,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
 
-_REFUSED = {
-    "head_mask": "to silence a head, zero its columns of attention.output.dense.weight",
-    "encoder_hidden_states": "cross-attention is not supported; leave it out",
-    "encoder_attention_mask": "cross-attention is not supported; leave it out",
-    "past_key_values": "an encoder sees all tokens at once and has no cache; leave it out",
-    "use_cache": "an encoder sees all tokens at once and has no cache; leave it out",
-}
 
+class BertWithHead(BertPreTrainedModel):
+    """A body under the name `base_model_prefix`, with a pooler where the head reads it."""
 
-class BertPreTrainedModel(PreTrainedModel):
-    """What the body and the models with a head have in common."""
+    body_class: ClassVar[type[BertModel]] = BertModel
+    add_pooling_layer: ClassVar[bool] = False
 
-    config: BertConfig
-    config_class: ClassVar[type[PreTrainedConfig]] = BertConfig
-    base_model_prefix: ClassVar[str] = "bert"
-    embed_path: ClassVar[str] = "bert.embeddings.word_embeddings"
-    position_embed_path: ClassVar[str] = "bert.embeddings.position_embeddings"
-    _no_split_modules: ClassVar[tuple[str, ...]] = ("BertEmbeddings", "BertLayer")
-    # in the body by name, but masked language models are saved without one
-    _head_parts: ClassVar[tuple[str, ...]] = (r"(^|\.)pooler\.",)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.embed_path = f"{cls.base_model_prefix}.{cls.body_class.embed_path}"
+        cls.position_embed_path = f"{cls.base_model_prefix}.{cls.body_class.position_embed_path}"
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """forward; arguments of HF's that an encoder has no use for are refused with a reason."""
-        for name, reason in _REFUSED.items():
-            if name in kwargs:
-                raise UnsupportedFeature(f"{type(self).__name__}.forward: no {name}: {reason}")
-        return super().__call__(*args, **kwargs)
-
-    @property
-    def longest_input(self) -> int:
-        """How many tokens have a position."""
-        return self.config.max_position_embeddings
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """As every model; LayerNorms change nothing, the bias over the vocabulary is 0."""
-        super()._init_weights(module)
-        if isinstance(module, LayerNorm):
-            module.reset_parameters()
-        elif isinstance(module, BertLMPredictionHead):
-            module.bias.zero_()
-
-
-class BertModel(BertPreTrainedModel):
-    """The body: token ids to hidden states, and with a pooler to one vector a sequence."""
-
-    embed_path: ClassVar[str] = "embeddings.word_embeddings"
-    position_embed_path: ClassVar[str] = "embeddings.position_embeddings"
-
-    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.embeddings = BertEmbeddings(config)
-        self.encoder = BertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
-
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | Mask | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: States = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[object, ...]:
-        """Hidden states (B, T, hidden) of ids (B, T), or of word vectors in `inputs_embeds`.
-
-        `attention_mask` takes every form in modeling/masks.py. `token_type_ids` and `position_ids`
-        are (B, T) or (1, T); without them all types are 0 and positions count from 0. Attention
-        weights exist on backend "eager" only, elsewhere asking for them raises.
-        Raises ValueError or TypeError for what does not fit, also for more tokens than positions.
-        """
-        words = checked_embeddings(self.embeddings.word_embeddings, input_ids, inputs_embeds)
-        if position_ids is None and words.shape[1] > self.longest_input:
-            raise ValueError(
-                f"the sequences have {words.shape[1]} tokens; the model has positions for "
-                f"max_position_embeddings={self.longest_input}. Cut them, or pass position_ids"
-            )
-        positions = positions_after(0, words, position_ids)
-        hidden, states, attentions = self.encoder(
-            self.embeddings(words, positions, token_type_ids),
-            bidirectional_mask(attention_mask, words),
-            wants(self, "output_attentions", output_attentions),
-            wanted_states(self, output_hidden_states, len(self.encoder.layer)),
-        )
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=hidden,
-            pooler_output=None if self.pooler is None else self.pooler(hidden),
-            hidden_states=states,
-            attentions=attentions,
-        )
-        return output if wants(self, "return_dict", return_dict) else output.to_tuple()
+        self.add_module(self.base_model_prefix, self.body_class(config, self.add_pooling_layer))
 
 
-class BertPredictionHeadTransform(nn.Module):
-    """Projection, activation and norm before the vocabulary."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = ACT2FN[config.hidden_act]
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps, residual=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, hidden) to (B, T, hidden)."""
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden)))
-
-
-class BertLMPredictionHead(nn.Module):
-    """The transform and a projection whose bias has a second name, which is the one stored."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.transform = BertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, hidden) to logits (B, T, V)."""
-        return self.decoder(self.transform(hidden))
-
-
-class BertOnlyMLMHead(nn.Module):
-    """The prediction head under its name in checkpoints."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.predictions = BertLMPredictionHead(config)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T, hidden) to logits (B, T, V)."""
-        return self.predictions(hidden)
-
-
-class BertForMaskedLM(BertPreTrainedModel):
+class BertForMaskedLM(BertWithHead):
     """The body and logits over the vocabulary, tied to the embeddings where configured."""
 
     head_path: ClassVar[str] = "cls.predictions.decoder"
@@ -187,7 +55,6 @@ class BertForMaskedLM(BertPreTrainedModel):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
         self.cls = BertOnlyMLMHead(config)
 
     def set_output_embeddings(self, module: nn.Module) -> None:
@@ -204,6 +71,8 @@ class BertForMaskedLM(BertPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | Mask | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: States = None,
@@ -218,15 +87,18 @@ class BertForMaskedLM(BertPreTrainedModel):
 
         Other arguments as BertModel.forward.
         """
-        body = self.bert(
+        body = self.base_model(
             input_ids,
             attention_mask,
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            True,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         hidden, loss, logits = body.last_hidden_state, None, None
         fused = self.config.loss_implementation if labels is not None and self.training else None
@@ -253,12 +125,13 @@ class BertForMaskedLM(BertPreTrainedModel):
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
 
 
-class BertForSequenceClassification(BertPreTrainedModel):
+class BertForSequenceClassification(BertWithHead):
     """The body and a classifier of sequences on the pooled vector."""
+
+    add_pooling_layer: ClassVar[bool] = True
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.bert = BertModel(config)
         self.dropout = nn.Dropout(_head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -281,15 +154,16 @@ class BertForSequenceClassification(BertPreTrainedModel):
 
         Other arguments as BertModel.forward.
         """
-        body = self.bert(
+        body = self.base_model(
             input_ids,
             attention_mask,
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            True,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits, loss = self.classifier(self.dropout(body.pooler_output)), None
         if labels is not None:
@@ -303,12 +177,11 @@ class BertForSequenceClassification(BertPreTrainedModel):
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
 
 
-class BertForTokenClassification(BertPreTrainedModel):
+class BertForTokenClassification(BertWithHead):
     """The body and a classifier of tokens."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
-        self.bert = BertModel(config, add_pooling_layer=False)
         self.dropout = nn.Dropout(_head_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
@@ -329,15 +202,16 @@ class BertForTokenClassification(BertPreTrainedModel):
 
         Other arguments as BertModel.forward.
         """
-        body = self.bert(
+        body = self.base_model(
             input_ids,
             attention_mask,
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            True,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         logits = self.classifier(self.dropout(body.last_hidden_state))
         output = TokenClassifierOutput(
@@ -349,17 +223,16 @@ class BertForTokenClassification(BertPreTrainedModel):
         return output if wants(self, "return_dict", return_dict) else output.to_tuple()
 
 
-class BertForQuestionAnswering(BertPreTrainedModel):
+class BertForQuestionAnswering(BertWithHead):
     """The body and two logits a token, for the start and the end of an answer."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         if config.num_labels != 2:
             raise ConfigError(
-                f"BertForQuestionAnswering needs num_labels=2 (start, end); the configuration has "
+                f"{type(self).__name__} needs num_labels=2 (start, end); the configuration has "
                 f"num_labels={config.num_labels}"
             )
-        self.bert = BertModel(config, add_pooling_layer=False)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     @auto_docstring
@@ -380,15 +253,16 @@ class BertForQuestionAnswering(BertPreTrainedModel):
 
         Other arguments as BertModel.forward.
         """
-        body = self.bert(
+        body = self.base_model(
             input_ids,
             attention_mask,
             token_type_ids,
             position_ids,
             inputs_embeds,
-            output_attentions,
-            output_hidden_states,
-            True,
+            use_cache=False,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         output = answers(self.qa_outputs(body.last_hidden_state), start_positions, end_positions)
         output.hidden_states, output.attentions = body.hidden_states, body.attentions
