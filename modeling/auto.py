@@ -132,16 +132,22 @@ class _AutoModel:
         raise TypeError(f"use {name}.from_pretrained(directory) or {name}.from_config(config)")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> Any:
-        """The model in `path`, with the class its config.json asks for.
+    def from_pretrained(cls, path: str | Path | None, **options: Any) -> Any:
+        """The model in `path`, with the class that its config.json, or a given `config`, asks for.
 
         Options as for PreTrainedModel.from_pretrained.
         """
         config, subfolder = options.get("config"), options.get("subfolder", "")
-        files = needed(options.get("variant"))
-        path = local_directory(path, subfolder, files, **hub_options(options))
-        if config is None:
+        if path is not None:
+            files = needed(options.get("variant"))
+            path = local_directory(path, subfolder, files, **hub_options(options))
+        if config is None and path is not None:
             config = AutoConfig.from_pretrained(path, subfolder=subfolder)
+        if not isinstance(config, PreTrainedConfig):
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained: path={path!r} and config={config!r} leave open "
+                "which class to load; give a path that has config.json, or a configuration"
+            )
         chosen = model_class(config.model_type, cls.head, config.architectures)
         return chosen.from_pretrained(path, **options)
 

@@ -21,7 +21,14 @@ from typing import Any, ClassVar, Self, dataclass_transform
 import torch
 
 from swathe.kernels.core.errors import did_you_mean
-from swathe.modeling.config_fields import Range, check_range, check_type, dtype_named
+from swathe.modeling.config_fields import (
+    Range,
+    check_range,
+    check_type,
+    dtype_named,
+    labels_by_number,
+    named_labels,
+)
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
 from swathe.modeling.strict_json import dumps, read_object, write_text
@@ -52,7 +59,10 @@ class _ConfigType(type):
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         if args:
-            raise TypeError(f"{cls.__name__} takes keyword arguments only; got {args!r}")
+            raise TypeError(
+                f"{cls.__name__} takes keyword arguments only; got {args!r}. Name them, or use "
+                f"{cls.__name__}.from_dict(values) for a dict"
+            )
         config: Any = super().__call__(**cls._prepared(values))  # type: ignore[attr-defined]
         return config
 
@@ -77,7 +87,9 @@ class PreTrainedConfig(metaclass=_ConfigType):
     is_encoder_decoder: bool = False
     chunk_size_feed_forward: int = 0
     id2label: dict[int, str] | None = None
-    label2id: dict[str, int] | None = None
+    label2id: dict[str, int] | None = derived(  # noqa: RUF009  it returns a field
+        lambda c: {v: k for k, v in c.id2label.items()}
+    )
     problem_type: (
         typing.Literal["regression", "single_label_classification", "multi_label_classification"]
         | None
@@ -104,10 +116,19 @@ class PreTrainedConfig(metaclass=_ConfigType):
         for old, new in {**ALIASES, **cls.attribute_map}.items():
             if old in values and new in known:
                 value = values.pop(old)
+                if old in cls.attribute_map and values.get(new, value) != value:
+                    raise ConfigError(
+                        f"{cls.__name__}: {old}={value!r}, but {new}={values[new]!r}, which is "
+                        "another name of the same field; give one of them only"
+                    )
                 values.setdefault(new, value)
-        count = values.pop("num_labels", None)
-        if count is not None and values.get("id2label") is None:
-            values["id2label"] = _labels(count)
+        count, names = values.pop("num_labels", None), values.get("id2label")
+        if count is not None and names is None:
+            values |= named_labels(count)
+        elif count is not None and isinstance(names, Mapping) and count != len(names):
+            raise ConfigError(
+                f"num_labels={count!r}, but id2label names {len(names)}; give one of them only"
+            )
         legacy = {k: values.pop(k) for k in cls.legacy_keys() if k in values}
         for name in values:
             if name not in known:
@@ -143,17 +164,18 @@ class PreTrainedConfig(metaclass=_ConfigType):
         return cls.from_legacy(merged, legacy, wins=True) if legacy else merged
 
     def __post_init__(self) -> None:
-        self.dtype = dtype_named(self.dtype, type(self).__name__)
-        labels = _labels(2) if self.id2label is None else self.id2label
-        if not isinstance(labels, Mapping):
-            raise ConfigError(f"{type(self).__name__}.id2label={labels!r}: expected a dict")
-        self.id2label = {_label_id(k): v for k, v in labels.items()}
-        if self.label2id is None:
-            self.label2id = {v: k for k, v in self.id2label.items()}
+        if self.id2label is None:
+            self.num_labels = 2
         for name, hint in _hints(type(self)).items():
             if name in vars(self):
                 check_type(type(self).__name__, name, vars(self)[name], hint)
         self.extra = copy.deepcopy(dict(self.extra))
+        hidden = sorted(self.extra.keys() & (self.accepted_keys() - {"extra", *NOT_IN_FILES}))
+        if hidden:
+            raise ConfigError(
+                f"{type(self).__name__}.extra has {hidden}, which are fields and would be hidden "
+                "by them; extra is for keys that no field knows. Pass these as arguments"
+            )
         self.validate()
 
     def validate(self) -> None:
@@ -184,9 +206,13 @@ class PreTrainedConfig(metaclass=_ConfigType):
         if name in _computed(cls) and (value is None or value is _DERIVED):
             vars(self).pop(name, None)
             return
-        if name in ("id2label", "num_labels", "label2id", "dtype") or name.startswith("_"):
+        if name == "num_labels" or name.startswith("_"):
             object.__setattr__(self, name, value)
             return
+        if name == "dtype":
+            value = dtype_named(value, cls.__name__)
+        elif name == "id2label" and value is not None:
+            value = labels_by_number(cls.__name__, value)
         hint = _hints(cls).get(name)
         if hint is None:
             raise AttributeError(
@@ -203,8 +229,8 @@ class PreTrainedConfig(metaclass=_ConfigType):
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        self.id2label = _labels(count)
-        self.label2id = {v: k for k, v in self.id2label.items()}
+        named = named_labels(count)
+        self.id2label, self.label2id = named["id2label"], named["label2id"]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
         """Itself: text models have no sub-configurations."""
@@ -249,6 +275,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
         names = [n for n in _names(type(self)) if n not in (*NOT_IN_FILES, "extra")]
         values = {n: copy.deepcopy(getattr(self, n)) for n in names}
         values["dtype"] = str(self.dtype).removeprefix("torch.") if self.dtype else None
+        values["label2id"] = copy.deepcopy(vars(self).get("label2id"))  # as it was given
         return {**copy.deepcopy(self.extra), **values, "model_type": self.model_type}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -257,7 +284,8 @@ class PreTrainedConfig(metaclass=_ConfigType):
         values = self.to_dict()
         for name, default in defaults.items():
             plain = values.get(name) == (None if default is MISSING else default)
-            if name in values and (plain or (name == "id2label" and self.id2label == _labels(2))):
+            two = name == "id2label" and values[name] == named_labels(2)[name]
+            if name in values and name != "label2id" and (plain or two):
                 del values[name]
         if "id2label" not in values or self.label2id == {}:
             values.pop("label2id", None)
@@ -299,6 +327,14 @@ class PreTrainedConfig(metaclass=_ConfigType):
             if key == "model_type" or key.endswith("_implementation") or key == "kernels":
                 continue
             (known if key in accepted else extra)[key] = value
+        names = known.get("id2label")
+        if isinstance(names, Mapping) and known.get("num_labels", len(names)) != len(names):
+            logger.warning(
+                "num_labels=%r of a file wins over its id2label, which names %d labels",
+                known["num_labels"],
+                len(names),
+            )
+            known = {k: v for k, v in known.items() if k not in ("id2label", "label2id")}
         if extra:
             logger.info("%s keeps keys it has no field for: %s", cls.__name__, sorted(extra))
         given = cls._prepared(copy.deepcopy(known))
@@ -368,18 +404,6 @@ def _names(cls: type[PreTrainedConfig]) -> tuple[str, ...]:
 def _computed(cls: type[PreTrainedConfig]) -> dict[str, Callable[[Any], Any]]:
     found = dataclasses.fields(cls)
     return {f.name: f.metadata["compute"] for f in found if "compute" in f.metadata}
-
-
-def _labels(count: object) -> dict[int, str]:
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= 2**20:
-        raise ConfigError(f"num_labels={count!r} must be a whole number from 1 to {2**20}")
-    return {i: f"LABEL_{i}" for i in range(count)}
-
-
-def _label_id(key: object) -> int:
-    if isinstance(key, int) or (isinstance(key, str) and key.isdecimal()):
-        return int(key)
-    raise ConfigError(f"id2label has the key {key!r}; keys must be whole numbers")
 
 
 PretrainedConfig = PreTrainedConfig

@@ -69,12 +69,36 @@ def positive(limit: float = math.inf) -> Range:
 
 
 def dtype_named(value: object, owner: str) -> torch.dtype | None:
-    """A torch dtype from itself, its name with or without `torch.`, or None."""
-    if value is None or isinstance(value, torch.dtype):
-        return value
+    """One of DTYPES from itself or its name, with or without `torch.`; or None."""
+    if value is None or value in DTYPES.values():
+        return value  # type: ignore[return-value]
     found = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
     if found is None:
         close = difflib.get_close_matches(str(value), DTYPES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"{owner}.dtype={value!r}{hint}; allowed: {sorted(DTYPES)} or None")
+        hint = f" (did you mean {close[0]!r}?)" if close and isinstance(value, str) else ""
+        why = "; weights load as floating point" if isinstance(value, torch.dtype) else ""
+        raise ConfigError(f"{owner}.dtype={value!r}{hint}; allowed: {sorted(DTYPES)} or None{why}")
     return found
+
+
+def named_labels(count: object) -> dict[str, Any]:
+    """id2label and label2id of so many labels without names, as HF calls them."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= 2**20:
+        raise ConfigError(f"num_labels={count!r} must be a whole number from 1 to {2**20}")
+    names = {i: f"LABEL_{i}" for i in range(count)}
+    return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def labels_by_number(owner: str, labels: object) -> dict[int, Any]:
+    """An id2label with whole numbers as keys, which JSON has as text; ConfigError for others."""
+    if not isinstance(labels, Mapping):
+        raise ConfigError(
+            f"{owner}.id2label={labels!r}: expected a dict from number to name, such as {{0: 'no'}}"
+        )
+    for key in labels:
+        number = type(key) is int and key >= 0
+        if not number and not (isinstance(key, str) and key.isdecimal()):
+            raise ConfigError(
+                f"{owner}.id2label has the key {key!r}; keys must be whole numbers from 0"
+            )
+    return {int(key): name for key, name in labels.items()}

@@ -21,16 +21,20 @@ from swathe.modeling.config import PreTrainedConfig
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.forward import (
+    States,
     captures,
     check_cache,
     checked_embeddings,
     keep_logits,
     mask_and_positions,
+    tell_of_long_texts,
+    wanted_states,
     wants,
 )
 from swathe.modeling.generation.generate import GenerationMixin
+from swathe.modeling.gradients import run_layer
 from swathe.modeling.layers.attention import SelfAttention
-from swathe.modeling.layers.decoder import DecoderLayer, run_layer
+from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.embedding import RotaryEmbedding, Rotation
 from swathe.modeling.layers.head_norm import HeadNorm
 from swathe.modeling.layers.moe import Experts, Router
@@ -110,11 +114,13 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None,
         use_cache: bool | None,
         output_attentions: bool | None,
-        output_hidden_states: bool | None,
+        output_hidden_states: States,
         packing: Packing,
     ) -> Encoded:
         """All that a forward finds; arguments as `forward`."""
-        with_states = wants(self, "output_hidden_states", output_hidden_states)
+        # as transformers: a configuration with fewer layers runs the first ones
+        layers: list[Any] = list(self.layers)[: self.config.num_hidden_layers]
+        kept = wanted_states(self, output_hidden_states, len(layers))
         capture = captures(self, output_attentions)
         found = Encoded([] if capture else None)
         hidden = checked_embeddings(self.embed_tokens, input_ids, inputs_embeds)
@@ -122,21 +128,22 @@ class DecoderModel(DecoderPreTrainedModel):
         mask, positions = mask_and_positions(
             attention_mask, position_ids, hidden, cache, past_key_values is None, packing
         )
+        if position_ids is None and not packing:
+            tell_of_long_texts(self, hidden, cache)
         rotations = self.rotations(positions, hidden.dtype)
         masks: dict[tuple[int | None, int], Mask] = {(None, 0): mask}
         foreign = LayerMasks.of(cache, hidden)
         residual: Tensor | None = None
-        states: list[Tensor] = []
-        layers: Any = self.layers
-        for index, layer in enumerate(layers):
-            if with_states:
+        states: list[Any] = [None] * (len(layers) + 1)
+        for i, layer in enumerate(layers):
+            if i in kept:
                 hidden, residual = (hidden if residual is None else hidden + residual), None
-                states.append(hidden)
+                states[i] = hidden
             rotation = rotations[layer.layer_type]
             sees = layer.window, 0 if foreign is not None else passed_by(layer, cache)
             if sees not in masks:
                 masks[sees] = narrowed(mask, *sees)
-            seen = masks[sees] if foreign is None else foreign.fit(masks[sees], index)
+            seen = masks[sees] if foreign is None else foreign.fit(masks[sees], i)
             stream = (hidden, residual, rotation, seen, cache)
             hidden, residual, weights, routed = run_layer(layer, *stream, capture)
             if found.attentions is not None and weights is not None:
@@ -145,7 +152,9 @@ class DecoderModel(DecoderPreTrainedModel):
                 found.router_logits.append(routed)
         assert residual is not None
         found.hidden, _ = self.norm(hidden, residual)
-        found.states = (*states, found.hidden) if with_states else None
+        if len(layers) in kept:
+            states[-1] = found.hidden
+        found.states = tuple(states) if kept else None
         return found
 
     @auto_docstring
@@ -158,7 +167,7 @@ class DecoderModel(DecoderPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         **packing: Unpack[Packing],
     ) -> BaseModelOutputWithPast | tuple[object, ...]:
@@ -216,7 +225,7 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,

@@ -198,9 +198,18 @@ class DecoderConfig(PreTrainedConfig):
                 "change one of them, or give head_dim"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embedding")
+            raise ConfigError(
+                f"head_dim={self.head_dim} must be even for rotary embedding; give an even one, or "
+                f"leave it out where hidden_size={self.hidden_size} / num_attention_heads={heads} "
+                "is even"
+            )
         rope = self.rope_spelled(self.rope_parameters, {})
         check_fits(rope, self.head_dim, partial=self.partial_rotary)
+        if self.chunk_size_feed_forward:
+            raise ConfigError(
+                f"chunk_size_feed_forward={self.chunk_size_feed_forward}: the MLPs of decoders are "
+                "not cut in chunks; the only value allowed is 0. BERT honours others"
+            )
         if self.activation not in ACTIVATIONS:
             field = next(n for n in ("hidden_activation", "hidden_act") if n in vars(self))
             raise ConfigError(
@@ -219,7 +228,7 @@ def refuse_bidirectional(asked: bool | None) -> None:
     if asked:
         raise ConfigError(
             "use_bidirectional_attention=True is not supported by this causal family; the values "
-            "allowed are None and False"
+            "allowed are None and False. For attention to later tokens use an encoder, such as bert"
         )
 
 

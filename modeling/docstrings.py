@@ -37,7 +37,7 @@ ARGUMENTS = {
     "end_positions": "(B,), the last token of each answer",
     "use_cache": f"whether to return a cache; {_CONFIG} in eval mode, False in training",
     "output_attentions": f"return the attention weights, see layers/capture.py; {_CONFIG}",
-    "output_hidden_states": f"return the states between layers; {_CONFIG}",
+    "output_hidden_states": f"return the states between layers, all or by index; {_CONFIG}",
     "output_router_logits": f"return the routers' logits and the balancing loss; {_CONFIG}",
     "return_dict": f"an output object rather than a tuple; {_CONFIG}, which is True by default",
     "logits_to_keep": "logits of the last so many tokens, or of these indices; 0 is all",

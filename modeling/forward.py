@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +21,10 @@ from swathe.modeling.packing import (
     positions_in,
 )
 
+logger = logging.getLogger(__name__)
+
+States = bool | int | Sequence[int] | None  # what `output_hidden_states` may be
+
 
 def wants(model: PreTrainedModel, name: str, given: bool | None) -> bool:
     """An argument of forward, or the configuration's value where it is None."""
@@ -30,6 +37,48 @@ def captures(model: PreTrainedModel, output_attentions: bool | None) -> Capture:
     return (model.config.attn_capture or True) if asked else False
 
 
+def wanted_states(model: PreTrainedModel, given: States, layers: int) -> frozenset[int]:
+    """Which of the `layers` + 1 hidden states are returned; in place of the others stands None.
+
+    True is all of them. An index, or several, choose as from a list of all, from the end below 0.
+    Raises ValueError for anything else, and for an index that there is not.
+    """
+    if given is None:
+        given = model.config.output_hidden_states
+    count = layers + 1
+    if isinstance(given, bool):
+        return frozenset(range(count)) if given else frozenset()
+    chosen = [given] if isinstance(given, int) else given
+    if not isinstance(chosen, list | tuple | range) or any(
+        type(i) is not int or not -count <= i < count for i in chosen
+    ):
+        raise ValueError(
+            f"output_hidden_states={given!r}: the {layers} layers have {count} hidden states; "
+            f"allowed are True, False, an index from {-count} to {count - 1}, or a list of them"
+        )
+    return frozenset(i % count for i in chosen)
+
+
+def tell_of_long_texts(
+    model: PreTrainedModel, hidden: Tensor, cache: DynamicCache | StaticCache | None
+) -> None:
+    """Log once a model that a text is longer than those its positions were trained for."""
+    if torch.compiler.is_compiling() or model._told_of_long_texts:
+        return
+    limit = model.config.max_position_embeddings
+    # how full a static cache is, only the device knows
+    past = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+    if past + hidden.shape[1] > limit:
+        model._told_of_long_texts = True
+        logger.warning(
+            "%d tokens are more than max_position_embeddings=%d, the longest text that the model "
+            "was trained for; rotary positions go on, but what it predicts gets worse. Shorten the "
+            "text, or scale its positions with rope_parameters",
+            past + hidden.shape[1],
+            limit,
+        )
+
+
 def checked_embeddings(
     embed: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None
 ) -> Tensor:
@@ -39,7 +88,10 @@ def checked_embeddings(
     searched for on a CPU, elsewhere under `swathe.debug()`.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        raise ValueError(
+            "You must specify exactly one of input_ids or inputs_embeds, got "
+            f"{'neither' if input_ids is None else 'both'}; pass one and leave the other out"
+        )
     if inputs_embeds is not None:
         if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != embed.embedding_dim:
             raise ValueError(

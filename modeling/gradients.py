@@ -6,16 +6,34 @@ The methods and their arguments are those that transformers' Trainer and PEFT ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from swathe.kernels.core.errors import did_you_mean
 
-CHECKPOINT_ARGUMENTS = ("use_reentrant", "preserve_rng_state", "determinism_check")
+CHECKPOINT_ARGUMENTS = (
+    "use_reentrant",
+    "preserve_rng_state",
+    "determinism_check",
+    "context_fn",
+    "debug",
+)
+
+
+def run_layer(layer: Any, *arguments: Any) -> Any:
+    """The layer's forward, recomputed in backward where gradient checkpointing is on."""
+    if layer.checkpointing is None or not layer.training:
+        return layer(*arguments)
+    options = dict(layer.checkpointing)
+    offload = options.pop("offload", False)
+    with save_on_cpu(pin_memory=True) if offload else nullcontext():
+        return checkpoint(layer, *arguments, use_reentrant=False, **options)
 
 
 class GradientMixin(nn.Module):
@@ -28,12 +46,19 @@ class GradientMixin(nn.Module):
         self,
         gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
         every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Recompute each n-th layer in backward instead of keeping its activations.
 
-        Raises ValueError for arguments that torch.utils.checkpoint does not take, and for
-        `use_reentrant=True`, which loses gradients.
+        With `offload`, what a layer is recomputed from waits in the CPU's memory, at a copy there
+        and back. Raises ValueError for arguments that torch.utils.checkpoint does not take, for
+        `use_reentrant=True`, which loses gradients, and for a model that cannot.
         """
+        if not isinstance(gradient_checkpointing_kwargs, Mapping | None):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs!r} must be a dict "
+                f"of arguments for torch.utils.checkpoint, or None; allowed: {CHECKPOINT_ARGUMENTS}"
+            )
         arguments = dict(gradient_checkpointing_kwargs or {})
         for name in arguments:
             if name not in CHECKPOINT_ARGUMENTS:
@@ -46,11 +71,21 @@ class GradientMixin(nn.Module):
                 "gradient_checkpointing_kwargs: use_reentrant=True is not supported, it drops "
                 "gradients of frozen inputs; leave it out or pass False"
             )
-        if every_n_layers < 1:
-            raise ValueError(f"every_n_layers={every_n_layers} must be at least 1")
+        if type(every_n_layers) is not int or every_n_layers < 1:
+            raise ValueError(
+                f"every_n_layers={every_n_layers!r} must be a whole number of at least 1; leave it "
+                "out to recompute every layer"
+            )
         layers = self._checkpoint_layers()
         if not layers or not self.supports_gradient_checkpointing:
-            raise ValueError(f"{type(self).__name__} does not support gradient checkpointing")
+            raise ValueError(
+                f"{type(self).__name__} does not support gradient checkpointing: "
+                f"supports_gradient_checkpointing is {self.supports_gradient_checkpointing} and "
+                f"{len(layers)} of its modules have `checkpointing`; both are needed, so set it on "
+                "the class and run its layers with gradients.run_layer"
+            )
+        if offload:
+            arguments["offload"] = True
         for i, layer in enumerate(layers):
             layer.checkpointing = arguments if i % every_n_layers == 0 else None
 
@@ -63,9 +98,10 @@ class GradientMixin(nn.Module):
         self,
         activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
         every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """The newer name of `gradient_checkpointing_enable` in transformers."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers)
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def activation_checkpointing_disable(self) -> None:
         """The newer name of `gradient_checkpointing_disable` in transformers."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.docstrings import auto_docstring
-from swathe.modeling.forward import wants
+from swathe.modeling.forward import States, wants
 from swathe.modeling.losses import (
     question_answering_loss,
     sequence_classification_loss,
@@ -72,7 +72,7 @@ class ForSequenceClassification(BodyWithHead):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         *,
         pooling: Pooling = "last",
@@ -132,7 +132,7 @@ class ForTokenClassification(BodyWithHead):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[object, ...]:
         """Logits (B, T, num_labels), with `labels` (B, T) the loss of losses.token_loss.
@@ -179,7 +179,7 @@ class ForQuestionAnswering(BodyWithHead):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[object, ...]:
         """Logits (B, T) of start and end, with both positions (B,) question_answering_loss.

@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +29,13 @@ from swathe.modeling.devices import Placement, place
 from swathe.modeling.dispatch import attach
 from swathe.modeling.errors import UninitializedParameter
 from swathe.modeling.generation.config import GenerationConfig
-from swathe.modeling.hub import HUB_OPTIONS, HubMixin, hub_options, local_directory, needed
+from swathe.modeling.hub import HUB_OPTIONS, HubMixin
+from swathe.modeling.loading_arguments import (
+    config_of,
+    ignored_names,
+    source_directory,
+    source_tensors,
+)
 from swathe.modeling.policy import IMPLEMENTATIONS, KernelPolicy
 
 if TYPE_CHECKING:
@@ -62,9 +69,10 @@ class LoadingMixin:
     @classmethod
     def from_pretrained(
         cls: type[Any],
-        path: str | Path,
+        path: str | Path | None,
         *,
         config: PreTrainedConfig | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | str | None = "auto",
         torch_dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
@@ -88,23 +96,22 @@ class LoadingMixin:
     ) -> Any:
         """The model stored in directory `path`, in eval mode.
 
-        path: else a hub repository (hub.py), with `revision`, `token`, `cache_dir` and others.
-        dtype: "auto" is the configuration's, else that of the first stored tensor; None is fp32.
-        device_map: a device, a dict of modules and devices, or "auto" (devices.py). strict: "head"
-        lets parameters of a new head be missing, True nothing, False anything. variant: of weight
-        files, as in model.fp16.safetensors. key_mapping: patterns in stored names and what replaces
-        them. Other arguments are `__init__`'s, or replace configuration values.
-        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError for
-        an unknown argument. With `output_loading_info` (model, HF's dict); see model.load_report.
+        path: else a hub repository, read with modeling/hub.py's options; or None, for copies of a
+        `state_dict` with a `config`. dtype: "auto" is the configuration's, else the first stored
+        tensor's; None is fp32. device_map: a device, a dict of modules and devices, or "auto".
+        strict: "head" lets parameters of a new head be missing, True nothing, False anything. In
+        files, `variant` is part of their names, `key_mapping` patterns of stored names and what to
+        write. Others are `__init__`'s, or replace configuration values. With `output_loading_info`
+        (model, HF's dict).
+        Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
         """
         built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
         overrides = _config_overrides(cls, options)
-        directory = _directory(path, subfolder, variant, options)
+        directory = source_directory(cls, path, subfolder, config, state_dict, variant, options)
         named = (attn_implementation, norm_implementation, rope_implementation, mlp_implementation)
         backends = _implementations(kernels, named, loss_implementation)
-        stored = _unquantised(config or cls.config_class.from_pretrained(directory))
-        own = stored.replace(**overrides).running(kernels, **backends)
-        checkpoint = Checkpoint.open(directory, variant)
+        own = config_of(cls, config, directory).replace(**overrides).running(kernels, **backends)
+        checkpoint = source_tensors(directory, variant, state_dict)
         chosen = _dtype(dtype, torch_dtype, own, checkpoint)
         model = _on_meta(cls, own, **built_with)
         placement = place(model, device_map, max_memory, chosen)
@@ -113,14 +120,15 @@ class LoadingMixin:
             checkpoint,
             placement,
             dtype=chosen,
+            **ignored_names((cls, config), missing=ignore_missing, unexpected=ignore_unexpected),
             strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
             key_mapping=key_mapping,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **_ignored(ignore_missing, ignore_unexpected, cls, config),
         )
-        _finish(model, report, chosen, placement, directory, hooks=device_map is not None)
-        return (model.eval(), report.as_dict()) if output_loading_info else model.eval()
+        _finish(model, report, chosen, placement, directory)
+        model = (model if device_map is None else attach(model, placement)).eval()
+        return (model, report.as_dict()) if output_loading_info else model
 
     def save_pretrained(
         self,
@@ -155,7 +163,8 @@ class LoadingMixin:
         changes: dict[str, Any] = {"architectures": [type(model).__name__], "dtype": model.dtype}
         if model._tied_weights_keys:
             changes["tie_word_embeddings"] = bool(shared)
-        written = {k: v.detach() for k, v in tensors.items() if k not in shared}
+        left_out = {*shared, *model._keys_to_ignore_on_save}
+        written = {k: v.detach() for k, v in tensors.items() if k not in left_out}
         config = model.config.replace(**changes)
         generation = self._generation_json()
         extra = {} if generation is None else {"generation_config.json": generation}
@@ -180,27 +189,19 @@ class LoadingMixin:
 
 def _check_publishing(push_to_hub: bool, repo_id: str | None, hub: Mapping[str, Any]) -> None:
     """Before anything is written: options of an upload are known, and there is an upload."""
-    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters)
-    allowed -= {"self", "repo_id", "max_shard_size", "variant"}
+    own = set(inspect.signature(LoadingMixin.save_pretrained).parameters) - {"self", "hub"}
+    allowed = set(inspect.signature(HubMixin.push_to_hub).parameters) - {"self", *own}
     for name in hub:
         if name not in allowed:
             raise TypeError(
-                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed)}; with "
-                f"push_to_hub=True it takes {sorted(allowed)}"
+                f"save_pretrained has no argument {name!r}{did_you_mean(name, allowed | own)}; "
+                f"allowed: {sorted(own)}, and with push_to_hub=True also {sorted(allowed)}"
             )
     if not push_to_hub and (hub or repo_id):
         raise ValueError(
             f"save_pretrained: {sorted(hub) or ['repo_id']} say how to publish, but push_to_hub is "
             "False; pass push_to_hub=True or leave them out"
         )
-
-
-def _directory(
-    path: str | Path, subfolder: str, variant: str | None, options: dict[str, Any]
-) -> Path:
-    """Where the files are; takes the options of a download out of `options`."""
-    hub = hub_options(options)
-    return local_directory(path, subfolder, needed(variant), **hub) / subfolder
 
 
 def _on_meta(
@@ -225,23 +226,19 @@ def _read(
         tied=model.tied_parameters(),
         prefix=model.base_model_prefix,
         transforms=model._weight_transforms,
+        in_fp32=partial(_in_fp32, model, options["dtype"]),
         **options,
     )
 
 
-def _ignored(
-    missing: Sequence[str], unexpected: Sequence[str], *holders: object
-) -> dict[str, tuple[str, ...]]:
-    """Names to ignore: the argument's, the class's, and those a caller set on the config."""
-
-    def patterns(what: str, given: Sequence[str]) -> tuple[str, ...]:
-        name = f"_keys_to_ignore_on_load_{what}"
-        return (*given, *(pattern for holder in holders for pattern in getattr(holder, name, ())))
-
-    return {
-        "ignore_missing": patterns("missing", missing),
-        "ignore_unexpected": patterns("unexpected", unexpected),
-    }
+def _in_fp32(model: PreTrainedModel, dtype: torch.dtype, name: str) -> bool:
+    """Whether a parameter stays float32 where the model is loaded in `dtype`."""
+    parts: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        parts.update(model._keep_in_fp32_modules_strict)
+    if dtype == torch.float16:
+        parts.update(model._keep_in_fp32_modules)
+    return not parts.isdisjoint(name.split("."))
 
 
 def _init_arguments(cls: type[PreTrainedModel]) -> set[str]:
@@ -283,16 +280,6 @@ def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> di
     return {name: value for name, value in options.items() if name not in passed_over}
 
 
-def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
-    if config.extra.get("quantization_config"):
-        raise NotImplementedError(
-            f"config.json has a quantization_config ({config.extra['quantization_config']}); "
-            "quantised weights are not read here: load the model with transformers, or use a "
-            "checkpoint in bfloat16"
-        )
-    return config
-
-
 def _implementations(
     kernels: Any, named: tuple[str | None, ...], loss: str | None
 ) -> dict[str, str | None]:
@@ -311,10 +298,7 @@ def _dtype(
     if asked == "auto" and alias is not None:
         asked = alias
     if asked != "auto":
-        chosen = dtype_named(asked, "from_pretrained") or torch.float32
-        if not chosen.is_floating_point:
-            raise ValueError(f"dtype={asked!r}: weights load as floating point; use torch.bfloat16")
-        return chosen
+        return dtype_named(asked, "from_pretrained") or torch.float32
     if config.dtype is not None:
         return config.dtype
     stored = (info.dtype for info in checkpoint.tensors.values())
@@ -326,14 +310,12 @@ def _finish(
     report: LoadReport,
     dtype: torch.dtype,
     placement: Placement,
-    directory: Path,
-    *,
-    hooks: bool,
+    directory: Path | None,
 ) -> None:
     """Missing parameters, buffers and ties on their devices; kernels; how the model generates."""
     model.load_report = report
     if report.missing or report.unexpected or report.mismatched:
-        logger.warning("%s: %s", directory, report)
+        logger.warning("%s: %s", directory or "state_dict", report)
     for name, module in model.named_modules():
         _initialise_missing(model, name, dtype, placement)
         if any(b.is_meta for b in module.buffers(recurse=False)):
@@ -341,10 +323,8 @@ def _finish(
     model.tie_weights()
     model.config.dtype = dtype
     model._adopt(model._kernel_policy)
-    if model.can_generate():
+    if model.can_generate() and directory is not None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    if hooks:
-        attach(model, placement)
 
 
 @torch.no_grad()
@@ -360,7 +340,9 @@ def _initialise_missing(
         return
     loaded = {name: p.clone() for name, p in own.items() if not p.is_meta}
     for name in missing:
-        filler = torch.full(own[name].shape, math.nan, dtype=dtype, device=where[name])
+        full = f"{path}.{name}" if path else name
+        own_dtype = torch.float32 if _in_fp32(model, dtype, full) else dtype
+        filler = torch.full(own[name].shape, math.nan, dtype=own_dtype, device=where[name])
         setattr(module, name, nn.Parameter(filler, requires_grad=own[name].requires_grad))
     model._init_weights(module)
     for name, value in loaded.items():

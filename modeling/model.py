@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, ClassVar, Self
@@ -61,7 +62,9 @@ class PreTrainedModel(
 
     A family sets `config_class`, `base_model_prefix` (the body's attribute in a model with a head),
     `embed_path`, `head_path` and `position_embed_path` (modules by name), `_tied_weights_keys`
-    (head parameter: source) and `_no_split_modules`.
+    (head parameter: source) and `_no_split_modules`. Modules named in `_keep_in_fp32_modules` load
+    in float32 where float16 is asked for, in `_keep_in_fp32_modules_strict` also for bfloat16.
+    `config_class` may be left to the annotation of `config`.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -71,17 +74,24 @@ class PreTrainedModel(
     head_path: ClassVar[str] = ""
     _no_split_modules: ClassVar[tuple[str, ...]] = ()
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
+    _keep_in_fp32_modules: ClassVar[tuple[str, ...]] = ()
+    _keep_in_fp32_modules_strict: ClassVar[tuple[str, ...]] = ()
+    _keys_to_ignore_on_save: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_missing: ClassVar[tuple[str, ...]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[tuple[str, ...]] = ()
     _arguments: ClassVar[frozenset[str]] = frozenset()
     generation_config: Any = None
     load_report: LoadReport | None = None
     _warned_of_padding: bool = False
+    _told_of_long_texts: bool = False
     _warned_of_names: bool = False
     _kernel_policy: KernelPolicy
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        annotated = _annotated_config(cls)
+        if annotated is not None and "config_class" not in vars(cls):
+            cls.config_class = annotated
         named = inspect.signature(cls.forward).parameters
         packing = Packing.__annotations__ if "packing" in named else ()
         cls._arguments = frozenset((*named, *packing)) - {"self", "packing"}
@@ -193,7 +203,10 @@ class PreTrainedModel(
     def _path(self, kind: str) -> str:
         path = getattr(self, kind)
         if not path:
-            raise AttributeError(f"{type(self).__name__} has no {kind}: it has no such module")
+            raise AttributeError(
+                f"{type(self).__name__} has no {kind}: it has no such module. Use a class that has "
+                f"one, or set {kind} on the class to the module's name"
+            )
         return path
 
     # what the model is
@@ -352,6 +365,15 @@ class PreTrainedModel(
                 return cls(own)
             finally:
                 torch.set_default_dtype(before)
+
+
+def _annotated_config(cls: type) -> type[PreTrainedConfig] | None:
+    """The configuration class that the class's own `config: Foo` names, where it is known yet."""
+    named = inspect.get_annotations(cls).get("config")
+    if isinstance(named, str):
+        named = getattr(sys.modules.get(cls.__module__), named, None)
+    fits = isinstance(named, type) and issubclass(named, PreTrainedConfig)
+    return named if fits else None
 
 
 def _own_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

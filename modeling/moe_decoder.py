@@ -15,7 +15,7 @@ from swathe.modeling.decoder import CausalLM, DecoderModel
 from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.docstrings import auto_docstring
 from swathe.modeling.errors import ConfigError
-from swathe.modeling.forward import wants
+from swathe.modeling.forward import States, wants
 from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.outputs import ModelOutput, MoeCausalLMOutputWithPast
 from swathe.modeling.packing import Packing
@@ -83,7 +83,7 @@ class MoeModel(DecoderModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         output_router_logits: bool | None = None,
         **packing: Unpack[Packing],
@@ -130,7 +130,7 @@ class MoeCausalLM(CausalLM):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,

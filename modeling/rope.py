@@ -198,7 +198,7 @@ def normalised(
     if parameters is not None and not isinstance(parameters, Mapping):
         raise ConfigError(
             f"rope_parameters={parameters!r}: expected a dict such as {{'rope_type': 'default', "
-            "'rope_theta': 10000.0}} or None"
+            "'rope_theta': 10000.0} or None"
         )
     spelled = dict(parameters or {})
     nested = [k for k, v in spelled.items() if isinstance(v, Mapping)]

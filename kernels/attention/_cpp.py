@@ -161,7 +161,7 @@ def _run(
         raise MemoryError(f"attention: no memory for the scratch rows of {D} and {E} features")
 
 
-_NO_MASKS = (0,) * 7
+_NO_MASKS: tuple[int, ...] = (0,) * 7
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int]:

@@ -120,7 +120,8 @@ def _nothing_to_read(directory: Path, variant: str | None) -> CheckpointError:
     return CheckpointNotFound(
         "E_MISSING_FILE",
         f"{directory}: has neither {single} nor {index}; it holds "
-        f"{listing(there, limit=8) or 'nothing'}",
+        f"{listing(there, limit=8) or 'nothing'}. Give the directory that has them, or save a "
+        "model here with save_pretrained",
         file=directory / single,
     )
 

@@ -66,7 +66,9 @@ def match(
         else:
             result.plan[name] = info
     _resolve_ties(result, wanted, tied)
-    absent = [name for name in wanted if name not in result.plan and name not in result.report.tied]
+    # of a tie, either end will do; where both are absent, both are missing
+    ends = {name: (name, result.report.tied.get(name, name)) for name in wanted}
+    absent = [name for name in wanted if result.plan.keys().isdisjoint(ends[name])]
     result.report.missing = [name for name in absent if not _matches(name, ignore_missing)]
     result.report.ignored += [name for name in absent if _matches(name, ignore_missing)]
     result.report.unexpected = extra

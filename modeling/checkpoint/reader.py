@@ -29,6 +29,8 @@ from swathe.modeling.checkpoint.progress import Progress
 from swathe.modeling.checkpoint.report import LoadReport
 from swathe.modeling.checkpoint.transforms import WeightTransform
 
+_PIECE = 1 << 18
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -108,14 +110,18 @@ class Checkpoint:
             tensors[name] = info
         return tensors
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, room: Tensor | None = None) -> Tensor:
         """The tensor `name` in its stored dtype, on the CPU, in memory of its own.
 
+        With `room`, bytes to read into, it is a view of those, until the next one is read there.
         Raises KeyError for a name that is not in `tensors`, CheckpointError (E_CHANGED) when the
         file is no longer the one that was validated.
         """
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")  # even in a meta context
+        if room is None:  # a device is named for the case of a meta context
+            tensor = torch.empty(info.shape, dtype=info.dtype, device="cpu")
+        else:
+            tensor = room[: info.nbytes].view(info.dtype).view(info.shape)
         with open_regular(Path(os.path.realpath(info.file))) as file:
             if Identity.of(os.fstat(file.fileno())) != self.identities[info.file]:
                 self._changed(info)
@@ -157,6 +163,7 @@ def load_into(
     progress: bool = True,
     key_mapping: Mapping[str, str] | None = None,
     transforms: Sequence[WeightTransform] = (),
+    in_fp32: Callable[[str], bool] = lambda name: False,
 ) -> LoadReport:
     """Give `model`, built on the meta device, the tensors of `checkpoint`.
 
@@ -164,10 +171,10 @@ def load_into(
     one Parameter. `prefix` is the body's attribute name; one `prefix.` is added or removed where
     the checkpoint was saved from a model with or without a head. The model's `_key_renames` and
     `_head_parts`, and `strict`, are those of `match`: missing head parameters stay as they are.
-    `key_mapping` renames stored tensors first, as Checkpoint.renamed.
-    `transforms` say how stored tensors make up parameters; errors and patterns to ignore name the
-    stored ones. `device` may be a function of a parameter's name; nothing is kept elsewhere on the
-    way. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
+    `key_mapping` renames stored tensors first, as Checkpoint.renamed. `transforms` say how stored
+    tensors make up parameters; errors and patterns to ignore name the stored ones. `in_fp32` tells
+    parameters that are float32 whatever `dtype` is. `device` may be a function of a parameter's
+    name. Peak memory is the model and one stored tensor. Raises CheckpointError (E_KEYS, E_SHAPE,
     E_DTYPE, E_TIED, E_NONFINITE, E_OVERFLOW) with the model untouched.
     """
     _check_options(dtype, strict)
@@ -193,7 +200,7 @@ def load_into(
     total = sum(info.nbytes for info in result.plan.values())
     with Progress("loading", total, enabled=progress) as bar:
         where = device if callable(device) else lambda name: device
-        _read_all(checkpoint, result, assembly, dtype, where, check_finite, bar)
+        _read_all(checkpoint, result, assembly, dtype, in_fp32, where, check_finite, bar)
     for name, value in assembly.parameters.items():
         _assign(model, name, value)
     for name, source in result.report.tied.items():
@@ -222,7 +229,8 @@ def _require_equal_ties(checkpoint: Checkpoint, result: Match) -> None:
             raise CheckpointError(
                 "E_TIED",
                 f"{info.file}: {info.name!r} and {source.name!r} differ, but the config ties them "
-                "to one parameter; set tie_word_embeddings to false in config.json to keep both",
+                "to one parameter; set tie_word_embeddings to false in config.json, or pass "
+                "tie_word_embeddings=False, to keep both",
                 file=info.file,
                 key=info.name,
             )
@@ -233,24 +241,46 @@ def _read_all(
     result: Match,
     assembly: Assembly,
     dtype: torch.dtype | None,
+    in_fp32: Callable[[str], bool],
     device: Where,
     check_finite: bool,
     bar: Progress,
 ) -> None:
     """Read what is planned in the order of the files, each tensor straight to its place."""
     plan = sorted(result.plan.items(), key=lambda item: (str(item[1].file), item[1].offset))
+    targets = {key: _target(assembly, key, info.dtype, dtype, in_fp32) for key, info in plan}
+    # tensors that are cast pass through one room: freed one by one, they would leave holes in the
+    # heap, which malloc keeps from the system
+    room = max((info.nbytes for key, info in plan if targets[key] != info.dtype), default=0)
+    passage = torch.empty(room, dtype=torch.uint8, device="cpu")
     for key, info in plan:
-        floating = assembly.wanted[key].is_floating_point()
-        target = dtype if dtype is not None and floating else info.dtype
+        target = targets[key]
         if target != info.dtype:
             kinds = (info.dtype, target)
             result.report.cast.update(dict.fromkeys(assembly.model_names(key), kinds))
-        assembly.place(key, _read_as(checkpoint, info, target, check_finite), device)
+        assembly.place(key, _read_as(checkpoint, info, target, passage, check_finite), device)
         bar.advance(info.nbytes)
 
 
-def _read_as(checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype, check: bool) -> Tensor:
-    stored = checkpoint.read(info.name)
+def _target(
+    assembly: Assembly,
+    key: str,
+    stored: torch.dtype,
+    dtype: torch.dtype | None,
+    in_fp32: Callable[[str], bool],
+) -> torch.dtype:
+    """The dtype that stored tensor `key` is loaded in."""
+    if not assembly.wanted[key].is_floating_point():
+        return stored
+    if any(in_fp32(name) for name in assembly.model_names(key)):
+        return torch.float32
+    return stored if dtype is None else dtype
+
+
+def _read_as(
+    checkpoint: Checkpoint, info: TensorInfo, dtype: torch.dtype, passage: Tensor, check: bool
+) -> Tensor:
+    stored = checkpoint.read(info.name, None if dtype == info.dtype else passage)
     value = stored.to(dtype)
     if check:
         _require_finite(value, stored, info)
@@ -281,9 +311,11 @@ def _require_finite(value: Tensor, stored: Tensor, info: TensorInfo) -> None:
 
 def _is_finite(value: Tensor) -> bool:
     value = value.detach()
-    # a finite sum has no NaN and no infinity in it; it is several times quicker than extremes
-    total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
-    if torch.isfinite(total):
+    # a finite sum has no NaN and no infinity in it; it is several times quicker than extremes, but
+    # makes a wider copy first, so it goes piece by piece
+    wide = torch.promote_types(value.dtype, torch.float32)
+    pieces = (value,) if wide == value.dtype else value.flatten().split(_PIECE)
+    if all(bool(torch.isfinite(piece.sum(dtype=wide))) for piece in pieces):
         return True
     low, high = torch.aminmax(value)  # NaN goes through both
     return bool(torch.isfinite(low) & torch.isfinite(high))

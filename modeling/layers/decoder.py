@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
@@ -24,7 +23,7 @@ LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class DecoderLayer(nn.Module):
-    """norm, attention, norm, MLP; `checkpointing` holds torch.utils.checkpoint's arguments.
+    """norm, attention, norm, MLP; `checkpointing` holds the arguments of gradients.run_layer.
 
     `layer_type` and `window` say which rotation and which mask of a forward the layer takes.
     """
@@ -107,10 +106,3 @@ class SandwichLayer(DecoderLayer):
     def finish(self, out: Tensor) -> Tensor:
         """The MLP's output, normed."""
         return self.post_feedforward_layernorm(out)
-
-
-def run_layer(layer: Any, *arguments: Any) -> LayerOutput:
-    """The layer's forward, recomputed in backward where gradient checkpointing is on."""
-    if layer.checkpointing is None or not layer.training:
-        return layer(*arguments)
-    return checkpoint(layer, *arguments, use_reentrant=False, **layer.checkpointing)

@@ -65,7 +65,7 @@ def grouped_linear(
     all three, as it does for F.linear.
     """
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         lower = torch.get_autocast_dtype(kind)
         x, weight = x.to(lower), weight.to(lower)
         bias = None if bias is None else bias.to(lower)
@@ -82,8 +82,10 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x[ends[e - 1] : ends[e]] @ weight[e] for every e: (S, K), (E, K, N) to (S, N).
 
     torch's grouped kernel, which needs no word from the host, where it serves; else a loop over the
-    groups that have rows, which has to know their sizes.
+    groups that have rows, which has to know their sizes. On meta the shape is all there is.
     """
+    if x.is_meta:
+        return x.new_empty(x.shape[0], weight.shape[2])
     if x.shape[0] and has_kernel(x, weight):
         return F.grouped_mm(x, weight, offs=ends)
     return apply(_GroupedMM, x, weight, ends)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import swathe.modeling.families.llama.modeling_llama as llama
-from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
+from swathe.modeling.policy import backends_of
 
 TINY: dict[str, Any] = {
     "vocab_size": 99,
@@ -81,6 +84,94 @@ def test_use_cache_defaults() -> None:
     assert model(ids).past_key_values is not None
     assert model(ids, use_cache=False).past_key_values is None
     assert model.train()(ids).past_key_values is None
+
+
+def test_a_text_longer_than_the_positions_is_told_of_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build(max_position_embeddings=16)
+    exact = build(max_position_embeddings=64)
+    exact.load_state_dict(model.state_dict())
+    caplog.set_level(logging.WARNING)
+    model(tokens(2, 16))
+    packed = torch.arange(10).repeat(2)[None]
+    model(tokens(1, 20), position_ids=packed)  # two documents, neither of them long
+    assert not caplog.records
+    for _ in range(2):
+        assert torch.equal(model(tokens(2, 17)).logits, exact(tokens(2, 17)).logits)
+    (record,) = caplog.records
+    assert "17 tokens are more than max_position_embeddings=16" in record.getMessage()
+    caplog.clear()
+    decoding = build(max_position_embeddings=16)
+    cache = decoding(tokens(2, 16)).past_key_values
+    decoding(tokens(2, 1), past_key_values=cache)
+    assert "17 tokens are more than" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "cpp", "triton"])
+def test_odd_widths_run_on_every_backend(backend: str) -> None:
+    """As with the widths of transformers' own tests, of which none is a multiple of 16."""
+    sizes = {"hidden_size": 36, "intermediate_size": 37, "head_dim": 10, "vocab_size": 101}
+    torch.manual_seed(0)
+    model = build(**sizes)
+    other = build(**sizes)
+    other.load_state_dict(model.state_dict())
+    for op in ("norm", "rope", "mlp"):
+        if backend in backends_of(op):
+            try:
+                other.set_kernels(**{op: backend})
+            except BackendUnavailable as absent:
+                pytest.skip(str(absent))
+    expected, out = model(tokens(), labels=tokens()), other(tokens(), labels=tokens())
+    torch.testing.assert_close(out.logits, expected.logits, **CLOSE)
+    expected.loss.backward()
+    out.loss.backward()
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "triton"])
+def test_attention_drops_in_training_or_says_that_it_cannot(attn: str) -> None:
+    try:
+        model = build(attention_dropout=0.4, attn_implementation=attn)
+    except UnsupportedFeature as refused:
+        assert attn == "triton" and "dropout" in str(refused)
+        return
+    whole = model(tokens()).logits
+    assert torch.equal(model(tokens()).logits, whole)
+    model.train()
+    first, second = model(tokens()).logits, model(tokens()).logits
+    assert not torch.equal(first, second) and not torch.allclose(first, whole, atol=1e-3)
+
+
+def test_attention_drops_what_theirs_drops() -> None:
+    changes = {**TINY, "attention_dropout": 0.4}
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**changes)).train()
+    theirs.set_attn_implementation("eager")
+    model = build(attention_dropout=0.4, attn_implementation="eager").train()
+    model.load_state_dict(theirs.state_dict())
+    logits = []
+    for each in (theirs, model):
+        torch.manual_seed(3)
+        logits.append(each(tokens()).logits)
+    torch.testing.assert_close(*logits, **CLOSE)
+
+
+def test_attention_weights_by_configuration_follow_the_same_rule() -> None:
+    asked = build(output_attentions=True, attn_implementation="eager")
+    assert len(asked(tokens()).attentions) == 3
+    asked.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedFeature, match=r'only "eager" does'):
+        asked(tokens())
+    assert asked(tokens(), output_attentions=False).attentions is None
+
+
+def test_ids_outside_the_vocabulary_are_named() -> None:
+    model = build()
+    for bad, found in ((99, "from 1 to 99"), (-1, "from -1 to")):
+        ids = torch.tensor([[1, 5, bad]])
+        with pytest.raises(ValueError, match=rf"{found}.*vocab_size=99, so ids must be 0 to 98"):
+            model(ids)
 
 
 def test_body_and_head_load_from_each_other(tmp_path: Path) -> None:

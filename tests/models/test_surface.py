@@ -67,8 +67,66 @@ def test_a_class_may_refuse_checkpointing() -> None:
     class Plain(LlamaForCausalLM):
         supports_gradient_checkpointing = False
 
-    with pytest.raises(ValueError, match="Plain does not support gradient checkpointing"):
+    with pytest.raises(
+        ValueError, match="Plain does not support gradient checkpointing: supports_"
+    ):
         Plain(LlamaConfig(**TINY)).gradient_checkpointing_enable()
+
+
+WRONG_CHECKPOINTING: dict[str, tuple[dict[str, Any], str]] = {
+    "every 0": ({"every_n_layers": 0}, "every_n_layers=0 must be a whole number of at least 1"),
+    "every 1.5": ({"every_n_layers": 1.5}, "every_n_layers=1.5 must be a whole number"),
+    "every text": ({"every_n_layers": "2"}, "every_n_layers='2' must be"),
+    "a list": ({"gradient_checkpointing_kwargs": ["use_reentrant"]}, "must be a dict of arguments"),
+    "unknown": ({"gradient_checkpointing_kwargs": {"bogus": 1}}, r"unknown 'bogus'; allowed: \("),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CHECKPOINTING)
+def test_wrong_checkpointing_changes_nothing(case: str) -> None:
+    options, message = WRONG_CHECKPOINTING[case]
+    model = build()
+    model.gradient_checkpointing_enable(every_n_layers=2)
+    with pytest.raises(ValueError, match=message):
+        model.gradient_checkpointing_enable(**options)
+    assert recomputed(model) == [0, 2]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_offloaded_inputs_give_the_same_gradients(every: int) -> None:
+    model = build().train()
+    found, copied = [], []
+    for options in ({}, {"every_n_layers": every}, {"every_n_layers": every, "offload": True}):
+        if options:
+            model.activation_checkpointing_enable(**options)
+        model.zero_grad()
+        with torch.profiler.profile() as profile:
+            model(ids(), labels=ids()).loss.backward()
+        copied.append(sum(e.count for e in profile.key_averages() if e.key == "aten::copy_"))
+        found.append([p.grad.clone() for p in model.parameters()])
+    for plain, *others in zip(*found, strict=True):
+        assert all(torch.equal(plain, other) for other in others)
+    assert copied[2] > copied[1], "what is kept is copied to the CPU's memory and back"
+    model.activation_checkpointing_disable()
+    assert recomputed(model) == [] and not model.is_gradient_checkpointing
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the GPU's memory")
+def test_checkpointing_and_offloading_take_less_memory() -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+    model = build(**sizes).train().cuda()
+    long = torch.randint(1, 99, (4, 1024), device="cuda")
+    peaks = []
+    for options in (None, {}, {"offload": True}):
+        if options is not None:
+            model.gradient_checkpointing_enable(**options)
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            model(long, labels=long).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[0] > peaks[1] > peaks[2], peaks
 
 
 @pytest.mark.parametrize("recompute", [False, True])

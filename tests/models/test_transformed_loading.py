@@ -126,9 +126,9 @@ def test_one_stored_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     alive: list[weakref.ref[Tensor]] = []
     original = Checkpoint.read
 
-    def read(self: Checkpoint, name: str) -> Tensor:
+    def read(self: Checkpoint, name: str, room: Tensor | None = None) -> Tensor:
         assert not any(ref() is not None for ref in alive)
-        tensor = original(self, name)
+        tensor = original(self, name, room)
         alive.append(weakref.ref(tensor))
         return tensor
 

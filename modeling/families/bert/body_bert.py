@@ -23,10 +23,12 @@ from swathe.modeling.families.bert.encoder_bert import (
 )
 from swathe.modeling.families.bert.prediction_bert import BertLMPredictionHead
 from swathe.modeling.forward import (
+    States,
     captures,
     checked_embeddings,
     mask_and_positions,
     positions_after,
+    wanted_states,
     wants,
 )
 from swathe.modeling.layers.layer_norm import LayerNorm
@@ -106,7 +108,7 @@ class BertModel(BertPreTrainedModel):
         past_key_values: BertCache | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[object, ...]:
         """Hidden states (B, T, hidden) of ids (B, T), or of word vectors in `inputs_embeds`.
@@ -132,7 +134,7 @@ class BertModel(BertPreTrainedModel):
             own,
             source,
             captures(self, output_attentions),
-            wants(self, "output_hidden_states", output_hidden_states),
+            wanted_states(self, output_hidden_states, len(self.encoder.layer)),
         )
         output.past_key_values = cache
         if self.pooler is not None:

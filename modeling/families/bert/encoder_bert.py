@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swathe.kernels.attention.api import Mask
 from swathe.modeling.cache import DynamicCache, StaticCache
@@ -22,6 +21,7 @@ from swathe.modeling.families.bert.attention_bert import (
     Source,
 )
 from swathe.modeling.families.bert.configuration_bert import BertConfig
+from swathe.modeling.gradients import run_layer
 from swathe.modeling.layers.activations import ACT2FN
 from swathe.modeling.layers.capture import Capture
 from swathe.modeling.layers.layer_norm import LayerNorm
@@ -90,7 +90,7 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    """Attention and MLP; `checkpointing` holds torch.utils.checkpoint's arguments."""
+    """Attention and MLP; `checkpointing` holds the arguments of gradients.run_layer."""
 
     self_attention: ClassVar[type[BertSelfAttention]] = BertSelfAttention
 
@@ -143,28 +143,22 @@ class BertEncoder(nn.Module):
         cache: DynamicCache | StaticCache | None,
         source: Source | None,
         output_attentions: Capture,
-        output_hidden_states: bool,
+        kept: frozenset[int],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """The last state, all states from the embeddings on, and the weights of every layer."""
-        states, attentions, crossed = [hidden], [], []
-        for layer in self.layer:
-            hidden, own, other = _run(layer, hidden, mask, cache, source, output_attentions)
-            if output_hidden_states:
-                states.append(hidden)
+        """The last state, those numbered in `kept` from the embeddings on, and all weights."""
+        states: list[Any] = [hidden if 0 in kept else None]
+        attentions, crossed = [], []
+        for i, layer in enumerate(self.layer, 1):
+            hidden, own, other = run_layer(layer, hidden, mask, cache, source, output_attentions)
+            states.append(hidden if i in kept else None)
             attentions.append(own)
             crossed.append(other)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=tuple(states) if kept else None,
             attentions=tuple(attentions) if output_attentions else None,
             cross_attentions=tuple(crossed) if output_attentions and source is not None else None,
         )
-
-
-def _run(layer: Any, *arguments: Any) -> tuple[Tensor, Any, Any]:
-    if layer.checkpointing is None or not layer.training:
-        return layer(*arguments)
-    return checkpoint(layer, *arguments, use_reentrant=False, **layer.checkpointing)
 
 
 class BertPooler(nn.Module):

@@ -13,7 +13,7 @@ from swathe.modeling.errors import ConfigError
 from swathe.modeling.families.bert.body_bert import BertModel, BertPreTrainedModel
 from swathe.modeling.families.bert.configuration_bert import BertConfig
 from swathe.modeling.families.bert.prediction_bert import BertOnlyMLMHead
-from swathe.modeling.forward import wants
+from swathe.modeling.forward import States, wants
 from swathe.modeling.heads import answers
 from swathe.modeling.losses import (
     linear_causal_lm_loss,
@@ -75,7 +75,7 @@ class BertForMaskedLM(BertWithHead):
         encoder_attention_mask: Tensor | Mask | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
         *,
         num_items_in_batch: Tensor | int | None = None,
@@ -145,7 +145,7 @@ class BertForSequenceClassification(BertWithHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[object, ...]:
         """Logits (B, num_labels).
@@ -195,7 +195,7 @@ class BertForTokenClassification(BertWithHead):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> TokenClassifierOutput | tuple[object, ...]:
         """Logits (B, T, num_labels), with `labels` (B, T) the loss at those that are not -100.
@@ -246,7 +246,7 @@ class BertForQuestionAnswering(BertWithHead):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: States = None,
         return_dict: bool | None = None,
     ) -> QuestionAnsweringModelOutput | tuple[object, ...]:
         """Logits (B, T) of start and end, with both positions (B,) the loss of both.

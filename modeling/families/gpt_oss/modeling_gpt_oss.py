@@ -60,6 +60,11 @@ class GptOssPreTrainedModel(DecoderPreTrainedModel):
     config: GptOssConfig
     config_class: ClassVar[type[PreTrainedConfig]] = GptOssConfig
     _no_split_modules: ClassVar[tuple[str, ...]] = ("GptOssDecoderLayer",)
+    _keep_in_fp32_modules: ClassVar[tuple[str, ...]] = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    )
 
 
 class GptOssModel(GptOssPreTrainedModel, MoeModel):
