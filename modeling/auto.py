@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from swathe.kernels.core.errors import did_you_mean
-from swathe.modeling.config import PreTrainedConfig, read_config
+from swathe.modeling.config import PreTrainedConfig
+from swathe.modeling.config_file import read_config
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory, needed
 from swathe.modeling.model import PreTrainedModel

@@ -29,13 +29,13 @@ from swathe.modeling.config_fields import (
     labels_by_number,
     named_labels,
 )
+from swathe.modeling.config_file import CONFIG_FILE, read_config
 from swathe.modeling.errors import ConfigError
 from swathe.modeling.hub import CONFIG_ONLY, hub_options, local_directory
-from swathe.modeling.strict_json import dumps, read_object, write_text
+from swathe.modeling.strict_json import dumps, write_text
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 RUNTIME = (
     "attn_implementation",
     "norm_implementation",
@@ -369,24 +369,6 @@ class PreTrainedConfig(metaclass=_ConfigType):
         except ConfigError as problem:
             raise ConfigError(f"{file}: {problem}") from None
         return (config, unused) if return_unused_kwargs else config
-
-
-def read_config(path: str | Path, subfolder: str = "") -> tuple[Path, dict[str, Any]]:
-    """(file, content) of the config.json at `path`, a directory or the file itself."""
-    place = Path(path) / subfolder if subfolder else Path(path)
-    file = place if place.is_file() else place / CONFIG_FILE
-    if not file.exists():
-        there = (
-            f"it holds {sorted(p.name for p in place.iterdir())[:20]}"
-            if place.is_dir()
-            else "no such directory"
-        )
-        raise FileNotFoundError(
-            f"no {CONFIG_FILE} at {str(path)!r}: {there}. Needed: a local directory with "
-            f"{CONFIG_FILE} and model.safetensors (or its index and shards), as save_pretrained "
-            "writes it; download a model from the hub first"
-        )
-    return file, read_object(file, ConfigError)
 
 
 @lru_cache(maxsize=256)
