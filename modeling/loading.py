@@ -99,10 +99,9 @@ class LoadingMixin:
         path: else a hub repository, read with modeling/hub.py's options; or None, for copies of a
         `state_dict` with a `config`. dtype: "auto" is the configuration's, else the first stored
         tensor's; None is fp32. device_map: a device, a dict of modules and devices, or "auto".
-        strict: "head" lets parameters of a new head be missing, True nothing, False anything. In
-        files, `variant` is part of their names, `key_mapping` patterns of stored names and what to
-        write. Others are `__init__`'s, or replace configuration values. With `output_loading_info`
-        (model, HF's dict).
+        strict: "head" lets a new head's parameters be missing, True nothing, False anything.
+        `variant` is part of files' names, `key_mapping` patterns of stored names and new ones. Others
+        are `__init__`'s or change the configuration. With `output_loading_info` (model, HF's dict).
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
         """
         built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
