@@ -100,8 +100,8 @@ class LoadingMixin:
         `state_dict` with a `config`. dtype: "auto" is the configuration's, else the first stored
         tensor's; None is fp32. device_map: a device, a dict of modules and devices, or "auto".
         strict: "head" lets a new head's parameters be missing, True nothing, False anything.
-        `variant` is part of files' names, `key_mapping` patterns of stored names and new ones. Others
-        are `__init__`'s or change the configuration. With `output_loading_info` (model, HF's dict).
+        `variant` is in files' names, `key_mapping` patterns of stored names and new ones. Others are
+        `__init__`'s or change the configuration. With `output_loading_info` (model, HF's dict).
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
         """
         built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
@@ -115,9 +115,7 @@ class LoadingMixin:
         model = _on_meta(cls, own, **built_with)
         placement = place(model, device_map, max_memory, chosen)
         report = _read(
-            model,
-            checkpoint,
-            placement,
+            *(model, checkpoint, placement),
             dtype=chosen,
             **ignored_names((cls, config), missing=ignore_missing, unexpected=ignore_unexpected),
             strict=strict,
