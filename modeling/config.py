@@ -41,6 +41,7 @@ RUNTIME = (
     "norm_implementation",
     "rope_implementation",
     "mlp_implementation",
+    "linear_implementation",
     "loss_implementation",
     "kernels",
 )
@@ -99,6 +100,7 @@ class PreTrainedConfig(metaclass=_ConfigType):
     norm_implementation: str | None = None
     rope_implementation: str | None = None
     mlp_implementation: str | None = None
+    linear_implementation: str | None = None
     loss_implementation: str | None = None
     attn_capture: typing.Literal["recompute"] | None = None
     kernels: Any = None

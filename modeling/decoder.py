@@ -37,6 +37,7 @@ from swathe.modeling.layers.attention import SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer
 from swathe.modeling.layers.embedding import RotaryEmbedding, Rotation
 from swathe.modeling.layers.head_norm import HeadNorm
+from swathe.modeling.layers.linear import Linear
 from swathe.modeling.layers.moe import Experts, Router
 from swathe.modeling.losses import causal_lm_loss, linear_causal_lm_loss
 from swathe.modeling.model import PreTrainedModel
@@ -212,7 +213,7 @@ class CausalLM(DecoderPreTrainedModel, GenerationMixin):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.model = self.body_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @auto_docstring
     def forward(

@@ -100,8 +100,8 @@ class LoadingMixin:
         `state_dict` with a `config`. dtype: "auto" is the configuration's, else the first stored
         tensor's; None is fp32. device_map: a device, a dict of modules and devices, or "auto".
         strict: "head" lets a new head's parameters be missing, True nothing, False anything.
-        `variant` is in files' names, `key_mapping` patterns of stored names and new ones. Others are
-        `__init__`'s or change the configuration. With `output_loading_info` (model, HF's dict).
+        `variant` is in files' names, `key_mapping` patterns of stored names and new ones. Others
+        are `__init__`'s or the configuration's. With `output_loading_info` (model, HF's dict).
         Raises FileNotFoundError, ConfigError, CheckpointError naming file and key, or TypeError.
         """
         built_with = {name: options.pop(name) for name in _init_arguments(cls) if name in options}
@@ -280,9 +280,9 @@ def _config_overrides(cls: type[PreTrainedModel], options: dict[str, Any]) -> di
 def _implementations(
     kernels: Any, named: tuple[str | None, ...], loss: str | None
 ) -> dict[str, str | None]:
-    """Configuration fields of backends named for ops (in the order of IMPLEMENTATIONS); checked."""
-    KernelPolicy.of(kernels, **dict(zip(IMPLEMENTATIONS, named, strict=True)))
-    fields = dict(zip(IMPLEMENTATIONS.values(), named, strict=True))
+    """Configuration fields of backends named for the first of IMPLEMENTATIONS; checked."""
+    KernelPolicy.of(kernels, **dict(zip(IMPLEMENTATIONS, named, strict=False)))
+    fields = dict(zip(IMPLEMENTATIONS.values(), named, strict=False))
     return {**fields, "loss_implementation": loss}
 
 

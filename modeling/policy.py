@@ -26,6 +26,7 @@ OPS = {
     "norm": ("rms_norm", "swathe.kernels.norm.api"),
     "rope": ("rotary", "swathe.kernels.rotary.api"),
     "mlp": ("gated_mlp_act", "swathe.kernels.gated_mlp_act.api"),
+    "linear": ("linear", "swathe.kernels.linear.api"),
 }
 # the configuration's field of each op
 IMPLEMENTATIONS = {op: f"{op}_implementation" for op in OPS}
@@ -76,6 +77,7 @@ class KernelPolicy:
     norm: str = AUTO
     rope: str = AUTO
     mlp: str = AUTO
+    linear: str = AUTO
     overrides: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -93,7 +95,11 @@ class KernelPolicy:
         elif isinstance(kernels, Mapping):
             policy = _from_mapping(kernels)
         elif kernels is None or isinstance(kernels, str):
-            policy = cls(**dict.fromkeys(OPS, kernels or AUTO))  # type: ignore[arg-type]
+            everywhere = dict.fromkeys(OPS, kernels or AUTO)
+            if kernels not in backends_of("linear"):
+                # only CPUs have projections of their own
+                everywhere["linear"] = AUTO
+            policy = cls(**everywhere)  # type: ignore[arg-type]
         else:
             raise TypeError(
                 f"kernels is a {type(kernels).__name__}; it must be a backend's name, a dict such "

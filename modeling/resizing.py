@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, constraints
 
+from swathe.modeling.layers.linear import Linear
+
 if TYPE_CHECKING:
     from swathe.modeling.model import PreTrainedModel
 
@@ -184,7 +186,8 @@ def _as_new(model: PreTrainedModel, module: Any, rows: int) -> nn.Module:
     if isinstance(module, nn.Embedding):
         fresh: nn.Module = nn.Embedding(rows, weight.shape[1], **like)
     else:
-        fresh = nn.Linear(weight.shape[1], rows, bias=module.bias is not None, **like)
+        kind = Linear if isinstance(module, Linear) else nn.Linear
+        fresh = kind(weight.shape[1], rows, bias=module.bias is not None, **like)
     model._init_weights(fresh)
     return fresh
 

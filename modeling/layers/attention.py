@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from swathe.kernels.attention.api import AttentionSpec, Mask, resolve_attention
+from swathe.kernels.attention.api import Mask, resolve_attention
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.qk_norm_rotary.api import NormCasting
 from swathe.modeling.cache import DynamicCache, StaticCache
@@ -14,6 +14,7 @@ from swathe.modeling.decoder_config import DecoderConfig
 from swathe.modeling.layers.capture import Capture, attend
 from swathe.modeling.layers.embedding import Rotation
 from swathe.modeling.layers.head_norm import HeadNorm, NormedRotation
+from swathe.modeling.layers.linear import Linear, project
 from swathe.modeling.policy import KernelModule
 
 
@@ -44,10 +45,10 @@ class SelfAttention(KernelModule):
         hidden, (into, out) = config.hidden_size, config.attention_biases
         all_heads = config.num_attention_heads * self.head_dim
         kv_heads = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(hidden, all_heads, bias=into)
-        self.k_proj = nn.Linear(hidden, kv_heads, bias=into)
-        self.v_proj = nn.Linear(hidden, kv_heads, bias=into)
-        self.o_proj = nn.Linear(all_heads, hidden, bias=out)
+        self.q_proj = Linear(hidden, all_heads, bias=into)
+        self.k_proj = Linear(hidden, kv_heads, bias=into)
+        self.v_proj = Linear(hidden, kv_heads, bias=into)
+        self.o_proj = Linear(all_heads, hidden, bias=out)
 
     def make_extras(self, config: DecoderConfig) -> None:
         """What a family has besides; `sinks` (H,) is one logit a head that takes weight."""
@@ -67,7 +68,8 @@ class SelfAttention(KernelModule):
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, heads * D)."""
-        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        q, k, v = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        return q, k, v
 
     def turned(self, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Queries (B, H, T, D) and keys (B, K, T, D) at their positions."""
@@ -94,8 +96,8 @@ class SelfAttention(KernelModule):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         dropout = self.dropout if self.training else 0.0
-        spec = AttentionSpec(mask, self.scaling, dropout, self.softcap, sinks=self.sinks)
-        o, weights = attend(q, k, v, spec, self.choice, output_attentions)
+        how = (mask, self.choice, output_attentions, self.scaling, dropout)
+        o, weights = attend(q, k, v, *how, self.softcap, self.sinks)
         return self.o_proj(o.reshape(B, T, -1)), weights
 
     def extra_repr(self) -> str:

@@ -7,12 +7,11 @@ with all that they cost in memory, so this is for looking into a model, not for 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
 
-from swathe.kernels.attention.api import AttentionSpec, attention, attention_with_weights
+from swathe.kernels.attention.api import AttentionSpec, Mask, attention, attention_with_weights
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import Choice
 
@@ -20,14 +19,25 @@ Capture = bool | Literal["recompute"]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, choice: Choice, capture: Capture
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    choice: Choice,
+    capture: Capture,
+    scale: float,
+    dropout: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """o (B, T, H, E), and the weights (B, H, T, S) where `capture` asks for them.
 
     Raises UnsupportedFeature for `capture=True` on a backend other than "eager".
     """
     if capture and choice.backend == "eager":
-        return attention_with_weights(q, k, v, spec)
+        return attention_with_weights(
+            q, k, v, AttentionSpec(mask, scale, dropout, softcap, sinks=sinks)
+        )
     if capture is True:
         raise UnsupportedFeature(
             f"output_attentions=True: attention backend {choice.backend!r} never forms the "
@@ -38,13 +48,14 @@ def attend(
         q,
         k,
         v,
-        spec.mask,
-        scale=spec.scale,
-        dropout=spec.dropout,
-        softcap=spec.softcap,
-        sinks=spec.sinks,
+        mask,
+        scale=scale,
+        dropout=dropout,
+        softcap=softcap,
+        sinks=sinks,
         implementation=choice,
     )
     if not capture:
         return o, None
-    return o, attention_with_weights(q, k, v, replace(spec, dropout=0.0))[1]
+    without_dropout = AttentionSpec(mask, scale, 0.0, softcap, sinks=sinks)
+    return o, attention_with_weights(q, k, v, without_dropout)[1]

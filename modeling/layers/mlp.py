@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.gated_mlp_act.api import gated_mlp_act, resolve_gated_mlp_act
+from swathe.modeling.layers.linear import Linear, project
 from swathe.modeling.policy import KernelModule
 
 
@@ -18,9 +19,9 @@ class GatedMLP(KernelModule):
 
     def __init__(self, hidden_size: int, intermediate_size: int, act: str, bias: bool) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.act = act
         self.choice = self.pick(AUTO)
 
@@ -31,9 +32,10 @@ class GatedMLP(KernelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, hidden) to (B, T, hidden)."""
+        gate, up = project(x, self.gate_proj, self.up_proj)
         gated = gated_mlp_act(
-            self.gate_proj(x),
-            self.up_proj(x),
+            gate,
+            up,
             act=self.act,
             casting="llama",
             implementation=self.choice,
@@ -52,8 +54,8 @@ class PackedMLP(KernelModule):
 
     def __init__(self, hidden_size: int, intermediate_size: int, act: str) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self.act = act
         self.choice = self.pick(AUTO)
 

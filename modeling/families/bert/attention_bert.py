@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from swathe.kernels.attention.api import AttentionSpec, Mask, resolve_attention
+from swathe.kernels.attention.api import Mask, resolve_attention
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.cross_cache import EncoderDecoderCache
@@ -66,8 +66,8 @@ class BertHeads(KernelModule):
 
         Raises UnsupportedFeature for weights that the backend cannot give, see layers/capture.py.
         """
-        spec = AttentionSpec(mask, self.scaling, self.dropout if self.training else 0.0)
-        o, weights = attend(q, k, v, spec, self.choice, output_attentions)
+        dropout = self.dropout if self.training else 0.0
+        o, weights = attend(q, k, v, mask, self.choice, output_attentions, self.scaling, dropout)
         return o.flatten(2), weights
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from swathe.modeling.families.phi3.configuration_phi3 import Phi3Config
 from swathe.modeling.heads import ForSequenceClassification, ForTokenClassification
 from swathe.modeling.layers.attention import SelfAttention
 from swathe.modeling.layers.decoder import DecoderLayer
+from swathe.modeling.layers.linear import Linear
 from swathe.modeling.layers.mlp import PackedMLP
 
 
@@ -26,8 +27,8 @@ class Phi3Attention(SelfAttention):
         all_heads = config.num_attention_heads * self.head_dim
         kv_heads = config.num_key_value_heads * self.head_dim
         self.sizes = [all_heads, kv_heads, kv_heads]
-        self.o_proj = nn.Linear(all_heads, config.hidden_size, bias=False)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.o_proj = Linear(all_heads, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.sizes), bias=False)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, T, heads * D): views of one tensor."""
