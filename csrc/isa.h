@@ -15,7 +15,7 @@ inline Isa best_isa() {
     return kAvx512;
   }
   // every processor with AVX2 has F16C, which clang cannot be asked about
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kPortable;
 }

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "abi.h"
+#include "choose.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -5,18 +5,12 @@
 // A token's angles are gathered once, in fp32 and in the order of the features they meet, and serve
 // all its heads. Arithmetic is fp32; kRound rounds each product to x's type first, as HF's eager
 // code does. Nothing depends on anything but a pair and its angle.
+#include "row_loops.h"
 
 // Where one axis of a token's angles stands in the tables.
 SWATHE_INLINE int64_t row_of(const Rotation& a, int64_t axis, int64_t b, int64_t s) {
   const int64_t at = axis * a.axis_stride + b * a.batch_stride + s * a.token_stride;
   return a.positions == nullptr ? at : position_at(a, at) * a.row_stride;
-}
-
-template <class T>
-SWATHE_TARGET static void widen_row(const T* from, float* to, int64_t count) {
-  int64_t n = 0;
-  for (; n + lanes <= count; n += lanes) store(to + n, load(from + n));
-  if (n < count) store_part(to + n, load_part(from + n, count - n), count - n);
 }
 
 // The token's row of one table, widened; with mrope each section of pairs comes from its own axis.

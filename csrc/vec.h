@@ -6,11 +6,14 @@
 
 typedef float vf __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * SWATHE_LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
 typedef double vd __attribute__((vector_size(8 * SWATHE_LANES)));
 typedef uint64_t vq __attribute__((vector_size(4 * SWATHE_LANES)));
 
 constexpr int lanes = SWATHE_LANES;
+
+SWATHE_INLINE vf all(float value) { return vf{} + value; }
 
 SWATHE_INLINE vf floats_of(vu bits) {
   vf out;
@@ -22,6 +25,42 @@ SWATHE_INLINE vu bits_of(vf values) {
   vu out;
   std::memcpy(&out, &values, sizeof out);
   return out;
+}
+
+// a * b + c, rounded once where the hardware can.
+SWATHE_INLINE vf fma(vf a, vf b, vf c) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+SWATHE_INLINE vf fma(vf a, float b, float c) { return fma(a, all(b), all(c)); }
+
+SWATHE_INLINE vf fma(vf a, vf b, float c) { return fma(a, b, all(c)); }
+
+// x within [low, high]; NaN passes. One instruction each, of which GCC makes two from comparisons.
+SWATHE_INLINE vf at_most(vf x, float high) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_min_ps((__m512)all(high), (__m512)x);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_min_ps((__m256)all(high), (__m256)x);
+#else
+  return x > high ? all(high) : x;
+#endif
+}
+
+SWATHE_INLINE vf at_least(vf x, float low) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_max_ps((__m512)all(low), (__m512)x);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_max_ps((__m256)all(low), (__m256)x);
+#else
+  return x < low ? all(low) : x;
+#endif
 }
 
 // 16 bits to 32 and back; GCC takes twice the instructions for __builtin_convertvector.
@@ -126,6 +165,32 @@ SWATHE_INLINE void store_part(T* p, vf values, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// How much of a vector there is: all of it, or the end of a row.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class T>
+SWATHE_INLINE vf load(const T* p, Whole) {
+  return load(p);
+}
+
+template <class T>
+SWATHE_INLINE vf load(const T* p, Part part) {
+  return load_part(p, part.count);
+}
+
+template <class T>
+SWATHE_INLINE void store(T* p, vf values, Whole) {
+  store(p, values);
+}
+
+template <class T>
+SWATHE_INLINE void store(T* p, vf values, Part part) {
+  store_part(p, values, part.count);
+}
+
 // `values` as they are after a store to T and a load.
 SWATHE_INLINE vf rounded(vf values, float) { return values; }
 
@@ -171,12 +236,17 @@ SWATHE_INLINE void streamed() {
 }
 
 template <bool kStream, class T>
-SWATHE_INLINE void store_as(T* p, vf values) {
+SWATHE_INLINE void store_as(T* p, vf values, Whole) {
   if (kStream) {
     stream(p, values);
   } else {
     store(p, values);
   }
+}
+
+template <bool kStream, class T>
+SWATHE_INLINE void store_as(T* p, vf values, Part part) {
+  store_part(p, values, part.count);
 }
 
 // Whether every vector of a row that begins at `p` may be streamed.
