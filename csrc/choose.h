@@ -35,6 +35,18 @@ void with_bool(bool value, const F& f) {
 template <class A, class B>
 using Promoted = std::conditional_t<std::is_same_v<A, B>, A, float>;
 
+// Calls f(x, r, h, add) with values of the types of x, of r and of h = x + r; without r (kNone) h is
+// x itself, and `add` is false.
+template <class F>
+void with_summands(int64_t x_type, int64_t r_type, const F& f) {
+  with_type(x_type, [&](auto x) {
+    if (r_type == kNone) return f(x, x, x, std::false_type{});
+    with_type(r_type, [&](auto r) {
+      f(x, r, Promoted<decltype(x), decltype(r)>{}, std::true_type{});
+    });
+  });
+}
+
 constexpr int64_t width(int64_t type) { return type == kFloat32 ? 4 : 2; }
 
 }  // namespace swathe

@@ -10,20 +10,14 @@
 
 constexpr int kGroup = 2;  // rows whose gradients are formed together
 
-// h (stored if there is a residual) and sum(h^2) of one row.
-template <class X, class R, class H, bool kAdd>
+// sum(h^2) of one row.
+template <class Row>
 struct Squares {
-  const X* x;
-  const R* r;
-  H* h;
+  Row row;
 
   template <class W>
   SWATHE_METHOD void operator()(int64_t n, W w, vf* sums) const {
-    vf v = load(x + n, w);
-    if (kAdd) {
-      v = rounded(v + load(r + n, w), H{});
-      store(h + n, v, w);
-    }
+    const vf v = row.sum(n, w);
     sums[0] += v * v;
   }
 };
@@ -46,25 +40,20 @@ struct Scale {
 
 template <class X, class R, class H, class Y, bool kAdd, bool kTwice>
 SWATHE_TARGET static void forward_rows(const NormForward& a, int64_t begin, int64_t end) {
-  const X* x = static_cast<const X*>(a.x);
-  const R* r = static_cast<const R*>(a.r);
-  H* h = static_cast<H*>(a.h);
   Y* y = static_cast<Y*>(a.y);
   for (int64_t m = begin; m < end; ++m) {
-    const R* r_row = kAdd ? r + m * a.r_stride : nullptr;
-    H* h_row = kAdd ? h + m * a.N : nullptr;
+    const auto row = summands<X, R, H, kAdd>(a, m);
     double squares[1];
-    row_sums(a.N, Squares<X, R, H, kAdd>{x + m * a.x_stride, r_row, h_row}, squares);
+    row_sums(a.N, Squares<decltype(row)>{row}, squares);
     const float mean = static_cast<float>(squares[0] / static_cast<double>(a.N));
     const float rstd = 1.0f / std::sqrt(mean + a.eps);
     a.rstd[m] = rstd;
-    const void* source = kAdd ? static_cast<const void*>(h_row) : x + m * a.x_stride;
-    const H* h_read = static_cast<const H*>(source);
+    const H* h = row.row();
     Y* y_row = y + m * a.N;
     if (a.stream && streamable(y_row)) {
-      each_column(a.N, Scale<H, Y, kTwice, true>{h_read, a.scale, rstd, y_row});
+      each_column(a.N, Scale<H, Y, kTwice, true>{h, a.scale, rstd, y_row});
     } else {
-      each_column(a.N, Scale<H, Y, kTwice, false>{h_read, a.scale, rstd, y_row});
+      each_column(a.N, Scale<H, Y, kTwice, false>{h, a.scale, rstd, y_row});
     }
   }
   if (a.stream) streamed();
@@ -148,13 +137,8 @@ static void forward_y(const NormForward& a, int64_t begin, int64_t end) {
 }
 
 static void forward(const NormForward& a, int64_t begin, int64_t end) {
-  with_type(a.x_type, [&](auto x) {
-    using X = decltype(x);
-    if (a.r_type == kNone) return forward_y<X, X, X, false>(a, begin, end);
-    with_type(a.r_type, [&](auto r) {
-      using R = decltype(r);
-      forward_y<X, R, Promoted<X, R>, true>(a, begin, end);
-    });
+  with_summands(a.x_type, a.r_type, [&](auto x, auto r, auto h, auto add) {
+    forward_y<decltype(x), decltype(r), decltype(h), add.value>(a, begin, end);
   });
 }
 

@@ -34,6 +34,37 @@ SWATHE_INLINE void row_sums(int64_t N, const Step& step, double (&totals)[kSums]
   for (int i = 0; i < kSums; ++i) totals[i] = sum(total[i]);
 }
 
+// A row of h = x + r, rounded as torch rounds the sum, and stored; without r (kAdd) h is x itself.
+template <class X, class R, class H, bool kAdd>
+struct Summands {
+  const X* x;
+  const R* r;
+  H* h;
+
+  template <class W>
+  SWATHE_METHOD vf sum(int64_t n, W w) const {
+    vf v = load(x + n, w);
+    if (kAdd) {
+      v = rounded(v + load(r + n, w), H{});
+      store(h + n, v, w);
+    }
+    return v;
+  }
+
+  // Where h can be read once it is summed.
+  const H* row() const {
+    return static_cast<const H*>(kAdd ? static_cast<const void*>(h) : x);
+  }
+};
+
+// Those of row m.
+template <class X, class R, class H, bool kAdd, class Call>
+static Summands<X, R, H, kAdd> summands(const Call& a, int64_t m) {
+  return {static_cast<const X*>(a.x) + m * a.x_stride,
+          kAdd ? static_cast<const R*>(a.r) + m * a.r_stride : nullptr,
+          kAdd ? static_cast<H*>(a.h) + m * a.N : nullptr};
+}
+
 template <class T>
 struct Widen {
   const T* from;

@@ -33,6 +33,8 @@ _SIGNATURES = {
     "swathe_math": [c_char_p],
     "swathe_gated_mlp_act_forward": [c_char_p],
     "swathe_gated_mlp_act_backward": [c_char_p],
+    "swathe_layer_norm_forward": [c_char_p],
+    "swathe_layer_norm_backward": [c_char_p],
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
     "swathe_rotary": [c_char_p],
