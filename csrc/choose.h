@@ -35,8 +35,8 @@ void with_bool(bool value, const F& f) {
 template <class A, class B>
 using Promoted = std::conditional_t<std::is_same_v<A, B>, A, float>;
 
-// Calls f(x, r, h, add) with values of the types of x, of r and of h = x + r; without r (kNone) h is
-// x itself, and `add` is false.
+// Calls f(x, r, h, add) with values of the types of x, of r and of h = x + r; without r (kNone) h
+// is x itself, and `add` is false.
 template <class F>
 void with_summands(int64_t x_type, int64_t r_type, const F& f) {
   with_type(x_type, [&](auto x) {

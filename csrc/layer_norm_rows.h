@@ -4,9 +4,9 @@
 //   y = xhat * w + b        xhat = (h - mean) * rstd
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dh        g = dy * w
 //
-// w and b are fp32, prepared once for all rows. The variance is that of centred values, and what fp32
-// cannot hold of a mean is subtracted too, so rows far from zero keep their digits. A row's result
-// depends on nothing but the row.
+// w and b are fp32, prepared once for all rows. The variance is that of centred values, and what
+// fp32 cannot hold of a mean is subtracted too, so rows far from zero keep their digits. A row's
+// result depends on nothing but the row.
 #include "row_loops.h"
 #include "row_weights.h"
 

@@ -1,5 +1,5 @@
-// Weights of rows, widened once, and the sums of their gradients over blocks of rows (blocks.h); for
-// the bodies of ops, after row_loops.h.
+// Weights of rows, widened once, and the sums of their gradients over blocks of rows (blocks.h);
+// for the bodies of ops, after row_loops.h.
 
 // offset + the weight in fp32, once for all rows; `absent` where there is no weight.
 static void prepare(const void* weight, int64_t type, float offset, float absent, float* to,

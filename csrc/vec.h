@@ -201,9 +201,19 @@ SWATHE_INLINE vf rounded(vf values, f16 type) { return widen(narrow(values, type
 SWATHE_INLINE vd doubles(vf values) { return __builtin_convertvector(values, vd); }
 
 SWATHE_INLINE double sum(vd values) {
-  double total = 0;
-  for (int lane = 0; lane < lanes; ++lane) total += values[lane];
-  return total;
+#if SWATHE_LANES == 16
+  __m512d halves[2];
+  std::memcpy(halves, &values, sizeof halves);
+  return _mm512_reduce_add_pd(halves[0] + halves[1]);
+#elif SWATHE_LANES == 8
+  __m256d halves[2];
+  std::memcpy(halves, &values, sizeof halves);
+  const __m256d four = halves[0] + halves[1];
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+  return two[0] + two[1];
+#else
+  return (values[0] + values[2]) + (values[1] + values[3]);
+#endif
 }
 
 // A store past the caches, for outputs that are larger than these: the line is not read first.

@@ -35,6 +35,8 @@ _SIGNATURES = {
     "swathe_gated_mlp_act_backward": [c_char_p],
     "swathe_layer_norm_forward": [c_char_p],
     "swathe_layer_norm_backward": [c_char_p],
+    "swathe_qk_norm_rotary_forward": [c_char_p],
+    "swathe_qk_norm_rotary_backward": [c_char_p],
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
     "swathe_rotary": [c_char_p],

@@ -179,7 +179,9 @@ set_preference(
     OP,
     [
         Prefer(("triton", "torch", "eager"), device="cuda"),
-        Prefer(("torch", "eager"), device="cpu"),
+        # in fp32 torch's op is as fast for many rows and ahead for few
+        Prefer(("torch", "eager"), device="cpu", dtype=torch.float32),
+        Prefer(("torch", "cpp", "eager"), device="cpu"),
         Prefer(("eager",)),
     ],
 )
