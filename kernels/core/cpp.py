@@ -31,6 +31,8 @@ _SIGNATURES = {
     "swathe_use_isa": [c_int32],
     "swathe_threaded": [],
     "swathe_math": [c_char_p],
+    "swathe_cross_entropy_forward": [c_char_p],
+    "swathe_cross_entropy_backward": [c_char_p],
     "swathe_gated_mlp_act_forward": [c_char_p],
     "swathe_gated_mlp_act_backward": [c_char_p],
     "swathe_layer_norm_forward": [c_char_p],
