@@ -24,8 +24,8 @@ namespace {
 struct AttentionIsa {
   int64_t lanes;
   void (*forward)(const Attention&, const Block&, Room&);
-  void (*decode)(const Attention&, const Block&, int64_t, int64_t, const Part&, Room&);
-  void (*join)(const Attention&, const Block&, const Part*, int64_t, Room&);
+  void (*decode)(const Attention&, const Block&, int64_t, int64_t, const RowsPart&, Room&);
+  void (*join)(const Attention&, const Block&, const RowsPart*, int64_t, Room&);
   void (*backward_rows)(const Attention&, const Block&, Room&);
   void (*backward_keys)(const Attention&, int64_t, int64_t, int64_t, int64_t, Room&);
   void (*backward_bias)(const Attention&, int64_t, int64_t, int64_t, float*, Room&);
@@ -105,7 +105,7 @@ SWATHE_API int32_t swathe_attention_decode(const void* packed) {
   const int64_t count = std::max<int64_t>(1, (a.S + kSplit - 1) / kSplit), pairs = a.B * a.K;
   const int64_t floats = rows * (a.E + 2);
   std::unique_ptr<float[]> results(new (std::nothrow) float[pairs * count * floats]);
-  std::unique_ptr<Part[]> parts(new (std::nothrow) Part[pairs * count]);
+  std::unique_ptr<RowsPart[]> parts(new (std::nothrow) RowsPart[pairs * count]);
   if (!results || !parts) return 1;
   for (int64_t i = 0; i < pairs * count; ++i) {
     float* at = results.get() + i * floats;

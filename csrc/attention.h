@@ -56,7 +56,7 @@ struct Block {
 };
 
 // A part of some decoding rows: o (rows, E) not yet divided by the sums, their maxima and sums.
-struct Part {
+struct RowsPart {
   float *o, *max, *sum;
 };
 

@@ -1,7 +1,7 @@
 // The body that attention.cpp compiles for each instruction set, and the table it calls it by.
 #include "gemm.h"
 #include "sums.h"
-#include "attention_math.h"
+#include "vec_math.h"
 #include "attention_tiles.h"
 #include "attention_forward.h"
 #include "attention_decode.h"

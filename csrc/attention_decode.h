@@ -133,7 +133,7 @@ SWATHE_TARGET static void decode_tile(const Attention& a, const Block& at, int64
 // Keys [begin, end) of the rows of `at`.
 template <class X>
 SWATHE_TARGET static void decode_part(const Attention& a, const Block& at, int64_t begin,
-                                      int64_t end, const Part& part, Room& room) {
+                                      int64_t end, const RowsPart& part, Room& room) {
   const int64_t D = padded(a.D), E = padded(a.E);
   const Span span = rows_see(a, at, room);
   begin_rows(a, at, begin == 0, room);
@@ -161,7 +161,7 @@ SWATHE_TARGET static void decode_part(const Attention& a, const Block& at, int64
 
 // o and lse of the rows of `at` from their `count` parts, in order.
 template <class X>
-SWATHE_TARGET static void join_parts(const Attention& a, const Block& at, const Part* parts,
+SWATHE_TARGET static void join_parts(const Attention& a, const Block& at, const RowsPart* parts,
                                      int64_t count, Room& room) {
   for (int64_t r = 0; r < at.rows; ++r) {
     float most = -INFINITY, total = 0.0f;

@@ -9,18 +9,6 @@ constexpr int kTile = 6;
 constexpr int kVectors = SWATHE_LANES == 16 ? 4 : 2;
 constexpr int64_t kChain = 32;
 
-SWATHE_INLINE vf fma(vf a, vf b, vf c) {
-#if SWATHE_LANES == 16
-  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif SWATHE_LANES == 8
-  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
-SWATHE_INLINE vf all(float value) { return value - vf{}; }
-
 template <class Y = float>
 struct Product {
   const float* A;

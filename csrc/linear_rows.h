@@ -50,7 +50,8 @@ SWATHE_INLINE void dots(const X* w, int64_t stride, const float* x, int64_t widt
 }
 
 #if SWATHE_LANES == 16
-#define SWATHE_PAIRS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,f16c,avx512bf16")))
+#define SWATHE_PAIRS \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c,avx512bf16")))
 
 SWATHE_PAIRS static inline __attribute__((always_inline)) __m512bh pairs_of(const bf16* p,
                                                                             int64_t count) {

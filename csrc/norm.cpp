@@ -4,6 +4,8 @@
 #include <new>
 
 #include "abi.h"
+#include "blocks.h"
+#include "choose.h"
 #include "isa.h"
 #include "parallel.h"
 
@@ -34,47 +36,15 @@ struct NormBackward {
 struct NormIsa {
   void (*forward)(const NormForward&, int64_t, int64_t);
   void (*backward)(const NormBackward&, int64_t, int64_t, float*);
-  void (*prepare)(const void*, int64_t, float, float*, int64_t);
+  void (*prepare)(const void*, int64_t, float, float, float*, int64_t);
   void (*finish)(const float*, int64_t, int64_t, void*, int64_t);
 };
-
-// The type of a sum, by torch's rules: equal types keep theirs, different ones give fp32.
-template <class A, class B>
-struct Promote {
-  using type = float;
-};
-template <class A>
-struct Promote<A, A> {
-  using type = A;
-};
-
-// Whether an output is stored past the caches: it would leave them before anyone reads it again.
-// From 32 MiB on malloc maps fresh pages, which the kernel has just zeroed in the caches; there a
-// plain store is faster (measured: 10 % at 64 MiB, where streaming wins 5 to 20 % below 32 MiB).
-constexpr bool worth_streaming(int64_t bytes) {
-  return bytes >= int64_t{8} << 20 && bytes < int64_t{32} << 20;
-}
-
-constexpr int64_t width(int64_t type) { return type == kFloat32 ? 4 : 2; }
 
 }  // namespace
 }  // namespace swathe
 
 #define SWATHE_BODY "norm_rows.h"
 #include "each_isa.h"
-
-namespace swathe {
-namespace {
-
-// Rows are summed into dw by blocks whose number depends on M alone: with any number of threads
-// the additions are the same ones in the same order. Past 2048 rows a block has 32: longer chains
-// of fp32 additions lose accuracy.
-int64_t blocks_of(int64_t M) {
-  return std::max<int64_t>(std::min<int64_t>(64, (M + 7) / 8), (M + 31) / 32);
-}
-
-}  // namespace
-}  // namespace swathe
 
 using namespace swathe;
 
@@ -106,7 +76,7 @@ SWATHE_API int32_t swathe_rms_norm_forward(const void* packed) {
   const NormIsa& norm = SWATHE_HERE(table);
   std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
   if (!scale) return 1;
-  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), scale.get(), a.N);
+  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), 1, scale.get(), a.N);
   const NormForward call = {a.x,
                             a.r,
                             a.y,
@@ -137,7 +107,7 @@ SWATHE_API int32_t swathe_rms_norm_backward(const void* packed) {
   std::unique_ptr<float[]> scale(new (std::nothrow) float[a.N]);
   std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * a.N]());
   if (!scale || !partial) return 1;
-  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), scale.get(), a.N);
+  norm.prepare(a.weight, a.w_type, static_cast<float>(a.offset), 1, scale.get(), a.N);
   const NormBackward call = {a.dy,
                              a.h,
                              a.dh,

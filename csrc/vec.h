@@ -13,6 +13,8 @@ typedef uint64_t vq __attribute__((vector_size(4 * SWATHE_LANES)));
 
 constexpr int lanes = SWATHE_LANES;
 
+SWATHE_INLINE vf all(float value) { return value - vf{}; }
+
 SWATHE_INLINE vf floats_of(vu bits) {
   vf out;
   std::memcpy(&out, &bits, sizeof out);
@@ -23,6 +25,42 @@ SWATHE_INLINE vu bits_of(vf values) {
   vu out;
   std::memcpy(&out, &values, sizeof out);
   return out;
+}
+
+// a * b + c, rounded once where the hardware can.
+SWATHE_INLINE vf fma(vf a, vf b, vf c) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+SWATHE_INLINE vf fma(vf a, float b, float c) { return fma(a, all(b), all(c)); }
+
+SWATHE_INLINE vf fma(vf a, vf b, float c) { return fma(a, b, all(c)); }
+
+// x within [low, high]; NaN passes. One instruction each, of which GCC makes two from comparisons.
+SWATHE_INLINE vf at_most(vf x, float high) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_min_ps((__m512)all(high), (__m512)x);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_min_ps((__m256)all(high), (__m256)x);
+#else
+  return x > high ? all(high) : x;
+#endif
+}
+
+SWATHE_INLINE vf at_least(vf x, float low) {
+#if SWATHE_LANES == 16
+  return (vf)_mm512_max_ps((__m512)all(low), (__m512)x);
+#elif SWATHE_LANES == 8
+  return (vf)_mm256_max_ps((__m256)all(low), (__m256)x);
+#else
+  return x < low ? all(low) : x;
+#endif
 }
 
 // 16 bits to 32 and back; GCC takes twice the instructions for __builtin_convertvector.
@@ -127,6 +165,32 @@ SWATHE_INLINE void store_part(T* p, vf values, int64_t count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// How much of a vector there is: all of it, or the end of a row.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <class T>
+SWATHE_INLINE vf load(const T* p, Whole) {
+  return load(p);
+}
+
+template <class T>
+SWATHE_INLINE vf load(const T* p, Part part) {
+  return load_part(p, part.count);
+}
+
+template <class T>
+SWATHE_INLINE void store(T* p, vf values, Whole) {
+  store(p, values);
+}
+
+template <class T>
+SWATHE_INLINE void store(T* p, vf values, Part part) {
+  store_part(p, values, part.count);
+}
+
 // `values` as they are after a store to T and a load.
 SWATHE_INLINE vf rounded(vf values, float) { return values; }
 
@@ -137,9 +201,19 @@ SWATHE_INLINE vf rounded(vf values, f16 type) { return widen(narrow(values, type
 SWATHE_INLINE vd doubles(vf values) { return __builtin_convertvector(values, vd); }
 
 SWATHE_INLINE double sum(vd values) {
-  double total = 0;
-  for (int lane = 0; lane < lanes; ++lane) total += values[lane];
-  return total;
+#if SWATHE_LANES == 16
+  __m512d halves[2];
+  std::memcpy(halves, &values, sizeof halves);
+  return _mm512_reduce_add_pd(halves[0] + halves[1]);
+#elif SWATHE_LANES == 8
+  __m256d halves[2];
+  std::memcpy(halves, &values, sizeof halves);
+  const __m256d four = halves[0] + halves[1];
+  const __m128d two = _mm256_castpd256_pd128(four) + _mm256_extractf128_pd(four, 1);
+  return two[0] + two[1];
+#else
+  return (values[0] + values[2]) + (values[1] + values[3]);
+#endif
 }
 
 // A store past the caches, for outputs that are larger than these: the line is not read first.
@@ -172,12 +246,17 @@ SWATHE_INLINE void streamed() {
 }
 
 template <bool kStream, class T>
-SWATHE_INLINE void store_as(T* p, vf values) {
+SWATHE_INLINE void store_as(T* p, vf values, Whole) {
   if (kStream) {
     stream(p, values);
   } else {
     store(p, values);
   }
+}
+
+template <bool kStream, class T>
+SWATHE_INLINE void store_as(T* p, vf values, Part part) {
+  store_part(p, values, part.count);
 }
 
 // Whether every vector of a row that begins at `p` may be streamed.

@@ -18,7 +18,7 @@ import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 5  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 6  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
@@ -30,6 +30,15 @@ _SIGNATURES = {
     "swathe_isa": [],
     "swathe_use_isa": [c_int32],
     "swathe_threaded": [],
+    "swathe_math": [c_char_p],
+    "swathe_cross_entropy_forward": [c_char_p],
+    "swathe_cross_entropy_backward": [c_char_p],
+    "swathe_gated_mlp_act_forward": [c_char_p],
+    "swathe_gated_mlp_act_backward": [c_char_p],
+    "swathe_layer_norm_forward": [c_char_p],
+    "swathe_layer_norm_backward": [c_char_p],
+    "swathe_qk_norm_rotary_forward": [c_char_p],
+    "swathe_qk_norm_rotary_backward": [c_char_p],
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
     "swathe_rotary": [c_char_p],

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from swathe.kernels.core.device import guard
 from swathe.kernels.core.launch import Launcher, cdiv
-from swathe.kernels.core.losses import empty_losses
+from swathe.kernels.core.losses import empty_losses, one_stride
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.core.tl_math import tanh
 
@@ -223,7 +223,7 @@ def write_gradients(
     ignore_index, smoothing, softcap, scale, z_loss = options
     x, x_stride = as_rows(logits)
     columns, warps = block(V)
-    arriving, stride = _one_stride(arriving)
+    arriving, stride = one_stride(arriving)
     peak, log_sum = statistics
     with guard(x):
         _gradients_at(
@@ -234,11 +234,3 @@ def write_gradients(
             (softcap != 0, rest is not None, columns),
             warps,
         )
-
-
-def _one_stride(arriving: Tensor) -> tuple[Tensor, int]:
-    # what `losses.sum()` sends back is one number expanded to every row: stride 0, no copy
-    if arriving.dim() == 0 or not any(arriving.stride()):
-        return arriving, 0
-    flat = arriving.reshape(-1)
-    return flat, flat.stride(0)

@@ -111,6 +111,15 @@ def empty_losses(x: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Te
     return loss, peak, log_sum
 
 
+def one_stride(arriving: Tensor) -> tuple[Tensor, int]:
+    """The gradient that arrives at rows, () or one for each, and the stride between them."""
+    # what `losses.sum()` sends back is one number expanded to every row: stride 0, no copy
+    if arriving.dim() == 0 or not any(arriving.stride()):
+        return arriving, 0
+    flat = arriving.reshape(-1)
+    return flat, flat.stride(0)
+
+
 def divisor(labels: Tensor, ignore_index: int, num_items: Tensor | float | None) -> Tensor | float:
     """What "mean" divides by; at least 1, so that a batch without labels has loss 0, not NaN."""
     if num_items is None:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.losses import (
     LossOptions,
@@ -120,6 +120,16 @@ register_backend(
     )
 )
 register_backend(
+    cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.cross_entropy._cpp"), _EVERYTHING)
+)
+register_backend(
     triton_backend(OP, lambda: fused("triton", "swathe.kernels.core.logits"), _EVERYTHING)
 )
-set_preference(OP, [Prefer(("triton", "eager"), device="cuda"), Prefer(("eager",))])
+set_preference(
+    OP,
+    [
+        Prefer(("triton", "eager"), device="cuda"),
+        Prefer(("cpp", "eager"), device="cpu"),
+        Prefer(("eager",)),
+    ],
+)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.op import wants_gradient
@@ -220,6 +220,9 @@ _EVERYTHING: dict[str, frozenset[Hashable] | str] = {
 }
 
 register_backend(eager_backend(OP, "swathe.kernels.gated_mlp_act.eager.gated_mlp_act", _EVERYTHING))
+register_backend(
+    cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.gated_mlp_act._cpp"), _EVERYTHING)
+)
 register_backend(
     triton_backend(OP, lambda: fused("triton", "swathe.kernels.gated_mlp_act._triton"), _EVERYTHING)
 )

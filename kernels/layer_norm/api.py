@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
@@ -171,6 +171,7 @@ register_backend(
         limits=_torch_limits,
     )
 )
+register_backend(cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.layer_norm._cpp"), _FUSED))
 register_backend(
     triton_backend(OP, lambda: fused("triton", "swathe.kernels.layer_norm._triton"), _FUSED)
 )
@@ -178,7 +179,9 @@ set_preference(
     OP,
     [
         Prefer(("triton", "torch", "eager"), device="cuda"),
-        Prefer(("torch", "eager"), device="cpu"),
+        # in fp32 torch's op is as fast for many rows and ahead for few
+        Prefer(("torch", "eager"), device="cpu", dtype=torch.float32),
+        Prefer(("torch", "cpp", "eager"), device="cpu"),
         Prefer(("eager",)),
     ],
 )

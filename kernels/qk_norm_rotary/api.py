@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from swathe.kernels.core.backends import eager_backend, triton_backend
+from swathe.kernels.core.backends import cpp_backend, eager_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.op import wants_gradient
@@ -213,6 +213,9 @@ register_backend(
     )
 )
 register_backend(
+    cpp_backend(OP, lambda: fused("cpp", "swathe.kernels.qk_norm_rotary._cpp"), _FUSED)
+)
+register_backend(
     triton_backend(
         OP,
         lambda: fused("triton", "swathe.kernels.qk_norm_rotary._triton"),
@@ -220,4 +223,11 @@ register_backend(
         max_size=MAX_HEAD,
     )
 )
-set_preference(OP, [Prefer(("triton", "eager"), device="cuda"), Prefer(("eager",))])
+set_preference(
+    OP,
+    [
+        Prefer(("triton", "eager"), device="cuda"),
+        Prefer(("cpp", "eager"), device="cpu"),
+        Prefer(("eager",)),
+    ],
+)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.contract import Case, Contract, Outputs, Problem
+from swathe.kernels.core.contract import Case, Contract, Outputs, Problem, boundary_share
 from swathe.kernels.core.rotation_cases import (
     Kind,
     for_each,
@@ -129,4 +129,23 @@ def roundings(name: str, problem: Problem) -> int:
     return 4 if name.startswith("y") and problem.options["casting"] == "llama" else 1
 
 
-CONTRACT = Contract(OP, qk_norm_rotary, cases, gold, baseline, magnitudes, roundings=roundings)
+def boundary(name: str, problem: Problem) -> float:
+    """As for any op; but the elements of a row that hold one number cross a boundary together.
+
+    A wide head of 16 bits holds some numbers a dozen times over; each is a term of two results.
+    """
+    rows = problem.inputs[name.removeprefix("y")].abs().flatten(0, -2)
+    together = max((row.unique(return_counts=True)[1].max().item() for row in rows), default=0)
+    return max(boundary_share(problem), 2 * together / max(rows.numel(), 1))
+
+
+CONTRACT = Contract(
+    OP,
+    qk_norm_rotary,
+    cases,
+    gold,
+    baseline,
+    magnitudes,
+    roundings=roundings,
+    boundary=boundary,
+)

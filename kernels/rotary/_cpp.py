@@ -15,12 +15,20 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp_rotation import (
+    HEADS,
+    NO_HEADS,
+    TURNING,
+    heads_fields,
+    raise_if,
+    turning_fields,
+)
 from swathe.kernels.core.rotation import Angles
 from swathe.kernels.core.rows import unit_rows
 from swathe.kernels.rotary.op import empty, launchers
 
-# Rotation of csrc/rotary.cpp: q, k, tables and how they are read, sizes and switches
-_PACKED = Struct("=2Q7q2Q7q3Q20q")
+# Rotation of csrc/rotary.cpp
+_PACKED = Struct(f"={TURNING}{HEADS}{HEADS}7q")
 
 
 def _run(
@@ -35,45 +43,20 @@ def _run(
     B, _, S, D = q.shape
     # names for the copies, which must outlive the call
     q, k = unit_rows(q), None if k is None else unit_rows(k)
-    of_q = _heads(q, found[0])
-    of_k = _NO_HEADS if k is None else _heads(k, found[1])
-    (cos, sin, positions), strides, sizes, (form, indexed, mrope) = turning
     packed = _PACKED.pack(
-        *of_q,
-        *of_k,
-        cos.data_ptr(),
-        sin.data_ptr(),
-        positions.data_ptr() if indexed else 0,
-        positions.dtype == torch.int64,
-        *strides,
-        *sizes,
-        form,
-        mrope,
+        *turning_fields(turning, rotary_dim, interleaved),
+        *heads_fields(q, found[0]),
+        *(NO_HEADS if k is None else heads_fields(k, found[1])),
         TYPE_CODES[q.dtype],
-        TYPE_CODES[cos.dtype],
         B,
         S,
         D,
-        rotary_dim,
-        interleaved,
         rounded,
         back,
         torch.get_num_threads(),
     )
-    failed = entry("swathe_rotary")(packed)
-    if failed == 2:
-        raise IndexError(
-            f"rotary: positions go from {int(positions.min())} to {int(positions.max())}; the "
-            f"tables have {sizes[0]} rows, so they must be 0 to {sizes[0] - 1}"
-        )
-    if failed:
-        raise MemoryError(f"rotary: no memory for the angles of {rotary_dim} features")
+    raise_if(entry("swathe_rotary")(packed), "rotary", turning, rotary_dim)
     return found
 
 
 forward, backward = launchers(_run)
-_NO_HEADS = (0,) * 9
-
-
-def _heads(x: Tensor, y: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), y.data_ptr(), x.shape[1], *x.stride()[:3], *y.stride()[:3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.interpreter import sanitized, virtual_tensor
-from swathe.kernels.gated_mlp_act import _triton
+from swathe.kernels.gated_mlp_act import _cpp, _triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench.gpu runs the real thing")
 N = 4096
@@ -17,7 +17,9 @@ NUMBERS = ("silu", 7.0, 1.702)
 
 
 @pytest.mark.parametrize("packed", [None, "halves", "interleaved"])
-def test_last_row_of_a_huge_tensor(packed: Any) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_last_row_of_a_huge_tensor(backend: str, packed: Any) -> None:
+    module = _triton if backend == "triton" else _cpp
     x = virtual_tensor((34 * STRIDE,), torch.bfloat16).view(34, STRIDE)[:, : 2 * N]
     assert x[-1].storage_offset() > 2**31
     x[-1] = torch.arange(2 * N).remainder(7) - 3
@@ -25,10 +27,10 @@ def test_last_row_of_a_huge_tensor(packed: Any) -> None:
     def both_ways(t: torch.Tensor) -> list[torch.Tensor]:
         if packed is None:
             gate, up = t[:, :N], t[:, N:]
-            y = _triton.forward(gate, up, *NUMBERS, "llama")
-            return [y, *_triton.backward(up, gate, up, *NUMBERS)]
-        y = _triton.forward_packed(t, *NUMBERS, "llama", packed)
-        return [y, _triton.backward_packed(t[:, :N], t, *NUMBERS, packed)]
+            y = module.forward(gate, up, *NUMBERS, "llama")
+            return [y, *module.backward(up, gate, up, *NUMBERS)]
+        y = module.forward_packed(t, *NUMBERS, "llama", packed)
+        return [y, module.backward_packed(t[:, :N], t, *NUMBERS, packed)]
 
     with sanitized(overflow=True):
         found = both_ways(x)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.interpreter import sanitized, virtual_tensor
-from swathe.kernels.qk_norm_rotary import _triton
+from swathe.kernels.qk_norm_rotary import _cpp, _triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench.gpu runs the real thing")
 D = 64
@@ -14,7 +14,9 @@ STRIDE = 2**26
 
 
 @pytest.mark.parametrize("along", ["batch", "heads", "tokens"])
-def test_last_row_of_a_huge_tensor(along: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_last_row_of_a_huge_tensor(backend: str, along: str) -> None:
+    module = _triton if backend == "triton" else _cpp
     shape = {"batch": (34, 1, 1), "heads": (1, 34, 1), "tokens": (1, 1, 34)}[along]
     strides = tuple(STRIDE if n > 1 else D for n in shape)
     memory = virtual_tensor((34 * STRIDE,), torch.bfloat16)
@@ -27,10 +29,10 @@ def test_last_row_of_a_huge_tensor(along: str) -> None:
     rotation = (table, table, None, None, D, False)
     ends = (table[-1:], table[-1:], None, None, D, False)
     operands = (weight, None, 1e-6, 0.0)
-    alone = _triton.forward(last.clone(), None, *operands, "llama", "fp32", *ends)[0]
+    alone = module.forward(last.clone(), None, *operands, "llama", "fp32", *ends)[0]
     with sanitized(overflow=True):
-        (y,) = _triton.forward(x, None, *operands, "llama", "fp32", *rotation)
-        dx, dw = _triton.backward(x, None, x, None, *operands, *rotation)
+        (y,) = module.forward(x, None, *operands, "llama", "fp32", *rotation)
+        dx, dw = module.backward(x, None, x, None, *operands, *rotation)
     assert torch.equal(y[-1:, -1:, -1:], alone)
     y[-1:, -1:, -1:], finite = 0, dx.isfinite().all() and dw.isfinite().all()
     assert not y.any() and finite

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from support.interpreter import sanitized, virtual_tensor
-from swathe.kernels.rotary import _triton
+from swathe.kernels.rotary import _cpp, _triton
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bench.gpu runs the real thing")
 D = 64
@@ -14,7 +14,9 @@ STRIDE = 2**26
 
 
 @pytest.mark.parametrize("along", ["batch", "heads", "tokens"])
-def test_last_row_of_a_huge_tensor(along: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cpp"])
+def test_last_row_of_a_huge_tensor(backend: str, along: str) -> None:
+    module = _triton if backend == "triton" else _cpp
     shape = {"batch": (34, 1, 1), "heads": (1, 34, 1), "tokens": (1, 1, 34)}[along]
     strides = tuple(STRIDE if n > 1 else D for n in shape)
     memory = virtual_tensor((34 * STRIDE,), torch.bfloat16)
@@ -25,11 +27,11 @@ def test_last_row_of_a_huge_tensor(along: str) -> None:
     table = torch.arange(shape[2] * D).view(-1, D).remainder(5).bfloat16() - 2
     rotation, ends = ((t, t, None, None, D, False) for t in (table, table[-1:]))
     with sanitized(overflow=True):
-        (y,) = _triton.forward(x, None, *rotation, "llama")
-        (dx,) = _triton.backward(x, None, *rotation)
+        (y,) = module.forward(x, None, *rotation, "llama")
+        (dx,) = module.backward(x, None, *rotation)
     for found, alone in (
-        (y, _triton.forward(last.clone(), None, *ends, "llama")[0]),
-        (dx, _triton.backward(last.clone(), None, *ends)[0]),
+        (y, module.forward(last.clone(), None, *ends, "llama")[0]),
+        (dx, module.backward(last.clone(), None, *ends)[0]),
     ):
         assert torch.equal(found[-1:, -1:, -1:], alone) and alone.any()
         found[-1, -1, -1] = 0
