@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
+
+#include "isa.h"
+#if SWATHE_X86
 #include <immintrin.h>
 #endif
 
@@ -26,7 +28,7 @@ namespace portable {
 #undef SWATHE_LANES
 #undef SWATHE_F16C
 
-#if defined(__x86_64__)
+#if SWATHE_X86
 #define SWATHE_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SWATHE_LANES 8
 #define SWATHE_F16C 1
@@ -55,7 +57,7 @@ namespace avx512 {
 #endif
 
 // `name`, a function or table of the body, for the instruction set in use.
-#if defined(__x86_64__)
+#if SWATHE_X86
 #define SWATHE_HERE(name)                      \
   (isa() == kAvx512 ? avx512::name             \
                     : isa() == kAvx2 ? avx2::name : portable::name)
