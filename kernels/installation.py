@@ -126,6 +126,7 @@ def a_layers_call(op: str, dtype: torch.dtype) -> dict[str, Any]:
         "cross_entropy": {"size": 32_000},
         "gated_mlp_act": {"size": 2048, "act": "silu", "casting": "fp32"},
         "layer_norm": {"size": 2048, "weight_dtype": dtype},
+        "linear": {"size": 2048},
         "linear_cross_entropy": {"size": 32_000},
         "qk_norm_rotary": {"size": 64, "weight_dtype": dtype, "table_dtype": dtype},
         "rms_norm": {"size": 2048, "weight_dtype": dtype, "casting": "llama"},
