@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check bench wheel clean
+.PHONY: demo test check sanitize bench wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
@@ -20,6 +20,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/mypy swathe
+
+# csrc/ under GCC's address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.test
+	cd tests && ../$(BIN)/python -m support.address_sanitizer
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench

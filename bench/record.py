@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import swathe
+from swathe.kernels import installation
 from swathe.kernels.core.cpp import isa, why_unavailable
 
 SCHEMA = 2
@@ -41,7 +40,7 @@ def cpu() -> dict[str, Any]:
     """
     return {
         "kind": "cpu",
-        "name": _cpu_model(),
+        "name": installation.cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -60,20 +59,14 @@ def gpu() -> dict[str, Any]:
         "memory_gib": round(facts.total_memory / 2**30, 1),
         "l2_mib": round(facts.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda or torch.version.hip,
-        "host_cpu": _cpu_model(),
+        "host_cpu": installation.cpu_model(),
         "host_cores": os.cpu_count(),
     }
 
 
 def versions() -> dict[str, str]:
     """Versions of what took part; a package that is not installed is left out."""
-    found = {"python": platform.python_version(), "swathe": swathe.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"swathe": swathe.__version__, **installation.versions(_PACKAGES)}
 
 
 def commit_here() -> str | None:
@@ -90,15 +83,6 @@ def _git(*arguments: str) -> str:
         ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
     )
     return run.stdout.strip()
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def save(results: dict[str, Any], path: Path) -> None:

@@ -177,7 +177,7 @@ SWATHE_TARGET static void finish_scores(const Attention& a, const Block& at, con
       std::memcpy(&first, room.first + v, sizeof first);
       std::memcpy(&last, room.last + v, sizeof last);
       const vf score = load(z + i * width + v);
-      store(z + i * width + v, (first <= key) & (last > key) ? score : hidden);
+      store(z + i * width + v, ((first <= key) & (last > key)) ? score : hidden);
     }
   }
 }

@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__x86_64__)
+
+#include "isa.h"
+#if SWATHE_X86
 #pragma GCC diagnostic push
 // about intrinsics whose result is filled later
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -34,7 +36,7 @@ namespace {
 #undef SWATHE_LANES
 #undef SWATHE_F16C
 
-#if defined(__x86_64__)
+#if SWATHE_X86
 #define SWATHE_TARGET __attribute__((target("avx2,fma,f16c")))
 #define SWATHE_LANES 8
 #define SWATHE_F16C 1
@@ -67,7 +69,7 @@ namespace {
 #endif
 
 // `name`, a function or table of the body, for the instruction set in use.
-#if defined(__x86_64__)
+#if SWATHE_X86
 #define SWATHE_HERE(name)                      \
   (isa() == kAvx512 ? avx512::name             \
                     : isa() == kAvx2 ? avx2::name : portable::name)

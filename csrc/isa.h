@@ -3,13 +3,21 @@
 
 #include <atomic>
 
+// SWATHE_PORTABLE_ONLY leaves the sets of x86 out, so that any machine's tests see the code that
+// other processors get.
+#if defined(__x86_64__) && !defined(SWATHE_PORTABLE_ONLY)
+#define SWATHE_X86 1
+#else
+#define SWATHE_X86 0
+#endif
+
 namespace swathe {
 
 enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // The widest set that this processor runs.
 inline Isa best_isa() {
-#if defined(__x86_64__)
+#if SWATHE_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     return kAvx512;

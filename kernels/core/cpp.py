@@ -2,11 +2,16 @@
 
 The library is compiled with OpenMP and linked to no OpenMP runtime: loading it after torch binds
 its symbols to the runtime that torch brought along, so there is one pool of threads.
+
+The environment variable SWATHE_CSRC names another library file than the installation's, such as one
+built with sanitizers; it is read once, and a file that does not serve is an error for every call.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import struct
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +27,7 @@ ABI_VERSION = 6  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
+OVERRIDE = "SWATHE_CSRC"  # the environment variable
 _REBUILD = "run `pip install -e .` (or `pip install .`) again where a C++ compiler is installed"
 
 # entry points; each op takes one pointer to its packed arguments
@@ -51,7 +57,17 @@ _SIGNATURES = {
 
 
 def library_path() -> Path | None:
-    """Where the compiled library lies in this installation, or None."""
+    """Where the compiled library lies: at SWATHE_CSRC if that is set, else in this installation.
+
+    None where nothing was compiled; BackendUnavailable where SWATHE_CSRC names no file.
+    """
+    if asked := os.environ.get(OVERRIDE):
+        if not Path(asked).is_file():
+            raise BackendUnavailable(
+                f"{OVERRIDE} is set to {asked!r}, where there is no file: give the path of a "
+                "library built from csrc/, or unset it to use the installed one"
+            )
+        return Path(asked)
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
     package = Path(__file__).parents[2]
     # the second place is that of a checkout whose links could not be made
@@ -65,6 +81,8 @@ def library_path() -> Path | None:
 def load(path: Path) -> ctypes.CDLL:
     """Load and check a library; BackendUnavailable says what is wrong with it."""
     try:
+        if _cut_short(path):
+            raise OSError("the end of the file is missing")
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailable(f"{path.name} cannot be loaded: {error}; {_REBUILD}") from error
@@ -84,6 +102,18 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
+def _cut_short(path: Path) -> bool:
+    # an ELF file that ends before its last table, as a copy that was interrupted does: the linker
+    # takes it, and the first page that is missing ends the process
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return False
+    (sections,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < sections + size * count
+
+
 @lru_cache(maxsize=1)
 def _state() -> tuple[ctypes.CDLL | None, str]:
     path = library_path()
@@ -92,6 +122,8 @@ def _state() -> tuple[ctypes.CDLL | None, str]:
     try:
         return load(path), ""
     except BackendUnavailable as error:
+        if os.environ.get(OVERRIDE):
+            raise  # a library asked for by name serves or raises, as a backend does
         return None, str(error)
 
 

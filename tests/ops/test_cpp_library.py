@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,41 @@ def test_a_damaged_library_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.so").write_bytes(b"\x7fELF and nothing else")
     with pytest.raises(BackendUnavailable, match=r"other\.so cannot be loaded"):
         cpp.load(tmp_path / "other.so")
+
+
+def test_a_library_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    # the linker would take it, and the first missing page end the process
+    other = compile_library(tmp_path, 'extern "C" int swathe_abi_version() { return 999; }')
+    other.write_bytes(other.read_bytes()[:-64])
+    with pytest.raises(BackendUnavailable, match="end of the file is missing"):
+        cpp.load(other)
+
+
+def test_another_library_can_be_named(tmp_path: Path) -> None:
+    other = shutil.copy(str(cpp.library_path()), tmp_path / "other.so")
+    code = "from swathe.kernels.core import cpp; print(cpp.library()._name)"
+    run = with_library(other, code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(other)
+
+
+def test_a_named_library_that_does_not_serve_is_an_error_even_for_auto(tmp_path: Path) -> None:
+    stale = compile_library(tmp_path, 'extern "C" int swathe_abi_version() { return 999; }')
+    code = "import torch, swathe; swathe.rms_norm(torch.ones(2, 3), torch.ones(3))"
+    for path, why in ((tmp_path / "none.so", "where there is no file"), (stale, "ABI version 999")):
+        run = with_library(path, code)
+        assert run.returncode == 1
+        assert "BackendUnavailable" in run.stderr and why in run.stderr
+
+
+def with_library(path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SWATHE_CSRC": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_header_and_binding_name_one_version() -> None:
