@@ -173,7 +173,7 @@ SWATHE_TARGET static void gradient_rows(const Loss& a, int64_t begin, int64_t en
 static void forward(const Loss& a, int64_t begin, int64_t end) {
   with_type(a.x_type, [&](auto x) {
     with_bool(a.softcap != 0, [&](auto cap) {
-      loss_rows<decltype(x), cap.value>(a, begin, end);
+      loss_rows<decltype(x), decltype(cap)::value>(a, begin, end);
     });
   });
 }
@@ -181,7 +181,7 @@ static void forward(const Loss& a, int64_t begin, int64_t end) {
 static void backward(const Loss& a, int64_t begin, int64_t end) {
   with_type(a.x_type, [&](auto x) {
     with_bool(a.softcap != 0, [&](auto cap) {
-      gradient_rows<decltype(x), cap.value>(a, begin, end);
+      gradient_rows<decltype(x), decltype(cap)::value>(a, begin, end);
     });
   });
 }

@@ -252,7 +252,7 @@ static void backward_as(const Gated& a, bool stream, int64_t m, int64_t n, int64
 static void forward(const Gated& a, bool stream, int64_t m, int64_t n, int64_t count) {
   with_type(a.type, [&](auto t) {
     with_act(a.act, [&](auto act) {
-      forward_as<decltype(t), act.value>(a, stream, m, n, count);
+      forward_as<decltype(t), decltype(act)::value>(a, stream, m, n, count);
     });
   });
 }
@@ -260,7 +260,7 @@ static void forward(const Gated& a, bool stream, int64_t m, int64_t n, int64_t c
 static void backward(const Gated& a, bool stream, int64_t m, int64_t n, int64_t count) {
   with_type(a.type, [&](auto t) {
     with_act(a.act, [&](auto act) {
-      backward_as<decltype(t), act.value>(a, stream, m, n, count);
+      backward_as<decltype(t), decltype(act)::value>(a, stream, m, n, count);
     });
   });
 }

@@ -96,16 +96,15 @@ SWATHE_API int32_t swathe_layer_norm_forward(const void* packed) {
   return 0;
 }
 
-// weight and dh may be null; sums_type == kNone: no gradients of weight and bias. Returns 0, or 1
-// without memory.
+// weight and dh may be null; with sums_type == kNone nobody wants the gradients of weight and bias.
+// Returns 0, or 1 without memory.
 SWATHE_API int32_t swathe_layer_norm_backward(const void* packed) {
   LayerBackwardArguments a;
   std::memcpy(&a, packed, sizeof a);
   const LayerNormIsa& norm = SWATHE_HERE(table);
-  const bool sums = a.sums_type != kNone;
   const int64_t blocks = blocks_of(a.M);
   std::unique_ptr<float[]> weight(new (std::nothrow) float[a.N]);
-  std::unique_ptr<float[]> partial(new (std::nothrow) float[sums ? blocks * 2 * a.N : 1]());
+  std::unique_ptr<float[]> partial(new (std::nothrow) float[blocks * 2 * a.N]());
   if (!weight || !partial) return 1;
   norm.prepare(a.weight, a.w_type, 0, 1, weight.get(), a.N);
   const LayerBackward call = {a.dy,
@@ -126,9 +125,11 @@ SWATHE_API int32_t swathe_layer_norm_backward(const void* packed) {
   parallel_for(blocks, threads, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       norm.backward(call, a.M * block / blocks, a.M * (block + 1) / blocks,
-                    sums ? partial.get() + block * 2 * a.N : nullptr);
+                    partial.get() + block * 2 * a.N);
     }
   });
-  if (sums) norm.finish(partial.get(), blocks, a.sums_type, a.sums, 2 * a.N);
+  if (a.sums_type != kNone) {
+    norm.finish(partial.get(), blocks, a.sums_type, a.sums, 2 * a.N);
+  }
   return 0;
 }

@@ -103,7 +103,7 @@ struct RowFacts {
 };
 
 // dx of kRows rows, and their share of dw and db: weights and sums are read once for all of them.
-template <class H, bool kAdd, bool kSums, bool kStream, int kRows>
+template <class H, bool kAdd, bool kStream, int kRows>
 struct Gradient {
   const LayerBackward& a;
   const H *dy, *h, *dh;
@@ -114,7 +114,7 @@ struct Gradient {
   template <class W>
   SWATHE_METHOD void operator()(int64_t n, W w) const {
     const vf weight = load(a.weight + n, w);
-    vf to_w = {}, to_b = {};
+    vf to_w = load(dw + n, w), to_b = load(db + n, w);
     for (int k = 0; k < kRows; ++k) {
       const vf d = load(dy + k * a.dy_stride + n, w);
       const vf xhat = (load(h + k * a.h_stride + n, w) - of[k].mean) * of[k].rstd;
@@ -124,20 +124,18 @@ struct Gradient {
       to_w += d * xhat;
       to_b += d;
     }
-    if (kSums) {
-      store(dw + n, load(dw + n, w) + to_w, w);
-      store(db + n, load(db + n, w) + to_b, w);
-    }
+    store(dw + n, to_w, w);
+    store(db + n, to_b, w);
   }
 };
 
-template <class H, bool kAdd, bool kSums, int kRows>
+template <class H, bool kAdd, int kRows>
 SWATHE_TARGET static void backward_group(const LayerBackward& a, int64_t m, float* dw) {
   const H* dy = static_cast<const H*>(a.dy) + m * a.dy_stride;
   const H* h = static_cast<const H*>(a.h) + m * a.h_stride;
   const H* dh = kAdd ? static_cast<const H*>(a.dh) + m * a.dh_stride : nullptr;
   H* dx = static_cast<H*>(a.dx) + m * a.N;
-  float* db = kSums ? dw + a.N : nullptr;
+  float* db = dw + a.N;
   RowFacts of[kRows];
   for (int k = 0; k < kRows; ++k) {
     const float mean = a.mean[m + k], rstd = a.rstd[m + k];
@@ -147,34 +145,32 @@ SWATHE_TARGET static void backward_group(const LayerBackward& a, int64_t m, floa
     of[k] = {mean, rstd, static_cast<float>(dots[0] / N), static_cast<float>(dots[1] / N * rstd)};
   }
   if (a.stream && streamable(dx) && streamable(dx + a.N)) {
-    each_column(a.N, Gradient<H, kAdd, kSums, true, kRows>{a, dy, h, dh, dx, of, dw, db});
+    each_column(a.N, Gradient<H, kAdd, true, kRows>{a, dy, h, dh, dx, of, dw, db});
   } else {
-    each_column(a.N, Gradient<H, kAdd, kSums, false, kRows>{a, dy, h, dh, dx, of, dw, db});
+    each_column(a.N, Gradient<H, kAdd, false, kRows>{a, dy, h, dh, dx, of, dw, db});
   }
 }
 
-template <class H, bool kAdd, bool kSums>
+template <class H, bool kAdd>
 SWATHE_TARGET static void backward_rows(const LayerBackward& a, int64_t begin, int64_t end,
                                         float* dw) {
   int64_t m = begin;
-  for (; m + kGroup <= end; m += kGroup) backward_group<H, kAdd, kSums, kGroup>(a, m, dw);
-  for (; m < end; ++m) backward_group<H, kAdd, kSums, 1>(a, m, dw);
+  for (; m + kGroup <= end; m += kGroup) backward_group<H, kAdd, kGroup>(a, m, dw);
+  for (; m < end; ++m) backward_group<H, kAdd, 1>(a, m, dw);
   if (a.stream) streamed();
 }
 
 static void forward(const LayerForward& a, int64_t begin, int64_t end) {
   with_summands(a.x_type, a.r_type, [&](auto x, auto r, auto h, auto add) {
-    forward_rows<decltype(x), decltype(r), decltype(h), add.value>(a, begin, end);
+    forward_rows<decltype(x), decltype(r), decltype(h), decltype(add)::value>(a, begin, end);
   });
 }
 
-// dw: N sums for the weight and N for the bias, or null.
+// dw: N sums for the weight and N for the bias.
 static void backward(const LayerBackward& a, int64_t begin, int64_t end, float* dw) {
   with_type(a.h_type, [&](auto h) {
     with_bool(a.dh != nullptr, [&](auto add) {
-      with_bool(dw != nullptr, [&](auto sums) {
-        backward_rows<decltype(h), add.value, sums.value>(a, begin, end, dw);
-      });
+      backward_rows<decltype(h), decltype(add)::value>(a, begin, end, dw);
     });
   });
 }

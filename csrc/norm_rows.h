@@ -138,7 +138,7 @@ static void forward_y(const NormForward& a, int64_t begin, int64_t end) {
 
 static void forward(const NormForward& a, int64_t begin, int64_t end) {
   with_summands(a.x_type, a.r_type, [&](auto x, auto r, auto h, auto add) {
-    forward_y<decltype(x), decltype(r), decltype(h), add.value>(a, begin, end);
+    forward_y<decltype(x), decltype(r), decltype(h), decltype(add)::value>(a, begin, end);
   });
 }
 
@@ -146,8 +146,9 @@ static void backward(const NormBackward& a, int64_t begin, int64_t end, float* d
   with_type(a.h_type, [&](auto h) {
     with_bool(a.dh != nullptr, [&](auto add) {
       using H = decltype(h);
-      if (a.dy_type == kFloat32) return backward_rows<float, H, add.value>(a, begin, end, dw);
-      backward_rows<H, H, add.value>(a, begin, end, dw);
+      constexpr bool kAdd = decltype(add)::value;
+      if (a.dy_type == kFloat32) return backward_rows<float, H, kAdd>(a, begin, end, dw);
+      backward_rows<H, H, kAdd>(a, begin, end, dw);
     });
   });
 }

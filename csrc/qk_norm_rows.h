@@ -171,12 +171,13 @@ static void forward(const Normed& a, int64_t begin, int64_t end, const Room& roo
   with_type(a.x_type, [&](auto x) {
     with_bool(a.turning.interleaved, [&](auto interleaved) {
       using X = decltype(x);
+      constexpr bool kInterleaved = decltype(interleaved)::value;
       // fp32 is never rounded in between
       if constexpr (std::is_same_v<X, float>) {
-        forward_tokens<X, kOnce, interleaved.value>(a, begin, end, room);
+        forward_tokens<X, kOnce, kInterleaved>(a, begin, end, room);
       } else {
         with_rounding(a.rounding, [&](auto rounding) {
-          forward_tokens<X, rounding.value, interleaved.value>(a, begin, end, room);
+          forward_tokens<X, decltype(rounding)::value, kInterleaved>(a, begin, end, room);
         });
       }
     });
@@ -187,7 +188,7 @@ static void forward(const Normed& a, int64_t begin, int64_t end, const Room& roo
 static void backward(const Normed& a, int64_t begin, int64_t end, const Room& room, float* dw) {
   with_type(a.x_type, [&](auto x) {
     with_bool(a.turning.interleaved, [&](auto interleaved) {
-      backward_tokens<decltype(x), interleaved.value>(a, begin, end, room, dw);
+      backward_tokens<decltype(x), decltype(interleaved)::value>(a, begin, end, room, dw);
     });
   });
 }

@@ -35,8 +35,9 @@ static void rotate(const Rotation& a, int64_t begin, int64_t end, float* room) {
     with_bool(a.turning.interleaved, [&](auto interleaved) {
       using X = decltype(x);
       constexpr bool kRound = !std::is_same_v<X, float>;
-      if (a.round) return rotate_tokens<X, kRound, interleaved.value>(a, begin, end, room);
-      rotate_tokens<X, false, interleaved.value>(a, begin, end, room);
+      constexpr bool kInterleaved = decltype(interleaved)::value;
+      if (a.round) return rotate_tokens<X, kRound, kInterleaved>(a, begin, end, room);
+      rotate_tokens<X, false, kInterleaved>(a, begin, end, room);
     });
   });
 }

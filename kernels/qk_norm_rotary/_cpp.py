@@ -8,6 +8,7 @@ written; eager code counts negative ones from the end, this does not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any
 
@@ -84,7 +85,7 @@ def _rounding(norm_casting: str, casting: str, tables_in_heads_dtype: bool) -> i
 
 def _run(
     way: str,
-    operands: list[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    operands: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
     found: list[Tensor],
     dw: Tensor | None,
     numbers: tuple[int, float, float],

@@ -57,3 +57,20 @@ def test_threads_change_no_bit(op: str) -> None:
                     )
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("op", ["gated_mlp_act", "layer_norm", "cross_entropy"])
+def test_streamed_outputs_are_the_same_bits(op: str, isa: str) -> None:
+    # 1100 rows of 2048 are past the size from which outputs are streamed, ten rows are not
+    contract = import_module(f"swathe.kernels.{op}.contract")
+    shape = import_module(f"swathe.kernels.{op}.shapes").Shape("streamed", 1100, 2048)
+    options = {"reduction": "none"} if op == "cross_entropy" else {}
+    problem = contract.random(shape, torch.float32, seed=0, **options)
+    some = slice(700, 710)
+    part = problem.map(lambda t: t[some] if t.shape[0] == 1100 else t)
+    with cpp.using_isa(isa):
+        whole, small = (p.run(CONTRACTS[op].on("cpp")) for p in (problem, part))
+    for name in ("y", "dx", "dgate", "dup", "loss", "dlogits"):
+        if name in whole:
+            assert torch.equal(whole[name][some], small[name]), name
