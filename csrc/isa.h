@@ -40,7 +40,7 @@ inline Isa isa() {
 
 // Whether the instructions on bf16 pairs that came after AVX-512 are there.
 inline bool has_bf16_pairs() {
-#if defined(__x86_64__)
+#if SWATHE_X86
   static const bool found = __builtin_cpu_supports("avx512bf16");
   return found;
 #else

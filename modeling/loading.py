@@ -115,13 +115,14 @@ class LoadingMixin:
         model = _on_meta(cls, own, **built_with)
         placement = place(model, device_map, max_memory, chosen)
         report = _read(
-            *(model, checkpoint, placement),
+            model,
+            checkpoint,
+            placement,
             dtype=chosen,
             **ignored_names((cls, config), missing=ignore_missing, unexpected=ignore_unexpected),
             strict=strict,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
-            progress=progress,
-            key_mapping=key_mapping,
+            **{"progress": progress, "key_mapping": key_mapping},
         )
         _finish(model, report, chosen, placement, directory)
         model = (model if device_map is None else attach(model, placement)).eval()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from swathe.kernels.core.errors import UnsupportedFeature
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.linear_cross_entropy.api import linear_cross_entropy
+from swathe.modeling.layers.linear import beside_weights
 from swathe.modeling.masks import looked_at
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
@@ -192,19 +192,11 @@ def linear_causal_lm_loss(
     )
 
 
-def plain_projection(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def plain_projection(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a head that does nothing else than multiply and add them."""
-    if type(head) is not nn.Linear:
-        kind = f"{type(head).__module__}.{type(head).__qualname__}"
-        _refuse(f"the head is a {kind}, not a plain torch.nn.Linear")
-    if "forward" in vars(head):
-        _refuse("the head's forward was replaced on the instance")
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    for name in hooks:
-        if getattr(head, name):
-            _refuse(f"the head has {name[1:].replace('_', ' ')}")
-    if _has_any_global_hook():
-        _refuse("hooks on all modules are registered with torch")
+    found = beside_weights(head)
+    if found is not None:
+        _refuse(f"the head {found}")
     return head.weight, head.bias
 
 

@@ -106,6 +106,7 @@ class Contract:
     bounds      the row of BOUNDS for an output.
     pooled      outputs whose ratios are pooled; a handful of losses would be noise.
     tuning      tuning(N, dtype, device): a large problem for the tuner, at each of `tuning_sizes`.
+    backward    whether calls have gradients that are the op's own.
     exactly     further facts that must hold exactly; returns a sentence for each that does not.
     """
 
@@ -121,6 +122,7 @@ class Contract:
     bounds: Callable[[str], str] = lambda name: "row-wise"
     exactly: Callable[[Problem, Outputs, Outputs], list[str]] = lambda problem, ours, eager: []
     pooled: Callable[[str], bool] = lambda name: True
+    backward: bool = True
     tuning: Callable[[int, torch.dtype, str], Problem] | None = None
     tuning_sizes: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 
@@ -194,7 +196,7 @@ def check(
         for seed in range(seeds):
             for case in contract.cases(dtype, device, seed):
                 if groups is None or case.group in groups:
-                    measure(contract, report, case, implementation)
+                    measure(contract, report, case, implementation, backward=contract.backward)
     report.settle(lambda name: bound_of(contract, name))
     return report
 

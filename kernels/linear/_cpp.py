@@ -35,10 +35,12 @@ def linear(
     K = x.shape[-1]
     M = x.numel() // max(K, 1)
     few = 0 < M <= MAX_ROWS[x.dtype] and len(weights) <= MAX_WEIGHTS
+    tensors = (x, *weights, *(b for b in biases if b is not None))
     if (
         not few
-        or not plain((x, *weights, *biases))
-        or differentiating(x, *weights, *biases)
+        or not plain(tensors)
+        or differentiating(*tensors)
+        or any(t.dtype != x.dtype for t in tensors)
         or torch.is_autocast_enabled("cpu")
     ):
         return eager.linear(x, weights, biases)

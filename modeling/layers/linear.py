@@ -20,6 +20,7 @@ from swathe.modeling.policy import KernelModule
 
 ROWS = 16  # at most so many are few
 SMALL = 1 << 16  # elements of a weight that is read from a cache
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Linear(KernelModule, nn.Linear):
@@ -48,8 +49,8 @@ class Linear(KernelModule, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, backend={self.choice.backend}"
 
 
-def project(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
-    """Every projection of x (..., features)."""
+def project(x: Tensor, *projections: Any) -> tuple[Tensor, ...]:
+    """Every projection, a module each, of x (..., features)."""
     first = projections[0]
     if _to_torch(x, getattr(first, "few", 0)) or not all(_is_bare(p, first) for p in projections):
         return tuple([p(x) for p in projections])
@@ -64,11 +65,20 @@ def _to_torch(x: Tensor, few: int) -> bool:
 
 def _is_bare(module: Any, like: Any) -> bool:
     """Whether a call of `module` is its weights and nothing else, by the same backend."""
-    return (
-        type(module) is Linear
-        and module.choice is like.choice
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not torch_module._has_any_global_hook()
-        and "forward" not in vars(module)
-    )
+    same = type(module) is Linear and module.choice.backend == like.choice.backend
+    return same and beside_weights(module) is None
+
+
+def beside_weights(projection: nn.Module) -> str | None:
+    """What a call of a projection is, or does, besides its weight and bias; None for nothing."""
+    if type(projection) not in (Linear, nn.Linear):
+        kind = f"{type(projection).__module__}.{type(projection).__qualname__}"
+        return f"is a {kind}, not a plain torch.nn.Linear"
+    if "forward" in vars(projection):
+        return "has a forward that was replaced on the instance"
+    for name in _HOOKS:
+        if getattr(projection, name):
+            return f"has {name[1:].replace('_', ' ')}"
+    if torch_module._has_any_global_hook():
+        return "is called under hooks on all modules"
+    return None

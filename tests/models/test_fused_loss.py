@@ -134,7 +134,7 @@ def watched(head: nn.Linear) -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[nn.Linear], nn.Module], str]] = {
     "an adapter": (adapter, r"the head is a .*Adapted, not a plain torch.nn.Linear"),
     "a parametrization": (parametrizations.weight_norm, "ParametrizedLinear, not a plain"),
-    "a patched forward": (patched, "forward was replaced on the instance"),
+    "a patched forward": (patched, "the head has a forward that was replaced"),
     "a forward hook": (hooked, "the head has forward hooks"),
     "a backward hook": (watched, "the head has backward hooks"),
 }
