@@ -99,7 +99,7 @@ def test_plans_are_those_of_transformers(config: Any) -> None:
 def test_plans_name_modules_that_exist(model_class: Any) -> None:
     model = model_class(model_class.config_class(**TINY))
     tp, pp = model.config.base_model_tp_plan, model.config.base_model_pp_plan
-    linear = {n.replace(".1.", ".*.") for n, m in model.named_modules() if type(m) is nn.Linear}
+    linear = {n.replace(".1.", ".*.") for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert {n for n in linear if "*" in n} == set(tp)
     assert set(pp) <= {n for n, _ in model.named_children()}
 

@@ -105,4 +105,4 @@ def test_the_older_name_of_the_cache(caplog: pytest.LogCaptureFixture) -> None:
     ):
         model(ids, past_key_value=None, past_key_values=None)
     with pytest.raises(TypeError, match="no argument 'past_key_value'"):
-        build("BertModel")(ids, past_key_value=None)
+        build("BertForTokenClassification")(ids, past_key_value=None)

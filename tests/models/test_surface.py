@@ -181,7 +181,7 @@ def test_repr_says_what_it_is() -> None:
     model = build(kernels="eager", attn_implementation="sdpa").to(torch.bfloat16)
     lines = repr(model).split("\n")
     assert lines[0] == f"LlamaForCausalLM: {count(model)} parameters, bfloat16, on cpu"
-    assert lines[1] == "kernels: attn=sdpa, mlp=eager, norm=eager, rope=eager"
+    assert lines[1] == "kernels: attn=sdpa, linear=eager, mlp=eager, norm=eager, rope=eager"
     assert lines[2] == "LlamaForCausalLM(" and lines[3] == "  (model): LlamaModel("
     assert repr(model).count("parameters,") == 1, "the body inside does not say it again"
     assert repr(model.model).startswith("LlamaModel: ")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from swathe.modeling.checkpoint import matching, progress, reader
+from swathe.modeling.checkpoint import progress, reader, report
 from swathe.modeling.checkpoint.assembly import Assembly
 from swathe.modeling.checkpoint.errors import CheckpointError
 from swathe.modeling.checkpoint.reader import Checkpoint, load_into
@@ -268,9 +268,9 @@ def test_a_hostile_number_of_experts_lists_no_names(tmp_path: Path) -> None:
 def test_many_problems_are_told_quickly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of experts missing beside hundreds unexpected: only those shown are compared."""
     calls = []
-    original = matching.get_close_matches
+    original = report.get_close_matches
     monkeypatch.setattr(
-        matching, "get_close_matches", lambda *a, **k: calls.append(a) or original(*a, **k)
+        report, "get_close_matches", lambda *a, **k: calls.append(a) or original(*a, **k)
     )
     tensors = {k.replace("up_proj", "upp"): v for k, v in as_file(values()).items()}
     tensors |= {f"model.layers.1.other.{i}": torch.ones(1) for i in range(300)}
