@@ -62,6 +62,29 @@ class DynamicCache(CacheNames):
         """Tokens that a layer was given, those dropped since included."""
         return self._layers[layer_idx].length if layer_idx < len(self._layers) else 0
 
+    def has_room(self, layers: int, batch: int, tokens: int) -> bool:
+        """Whether layers 0 to `layers`, equally full, can take so many tokens; room is made.
+
+        False for an empty cache, for layers that drop tokens, and where gradients are kept.
+        """
+        held = self._layers[:layers]
+        if len(held) < layers or any(type(layer) is not GrowingLayer for layer in held):
+            return False
+        length = held[0].length
+        fits = all(layer.length == length and layer.reserve(batch, tokens) for layer in held)
+        return length > 0 and fits
+
+    def buffers(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values (B, K, capacity, D), of which the first tokens are filled."""
+        layer = self._layers[layer_idx]
+        assert layer.keys is not None and layer.values is not None
+        return layer.keys, layer.values
+
+    def lengthen(self, layers: int, tokens: int) -> None:
+        """Count tokens that were written into the buffers of layers 0 to `layers`."""
+        for layer in self._layers[:layers]:
+            layer.length += tokens
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no maximum."""
         return -1

@@ -45,6 +45,16 @@ class GrowingLayer:
         values[:, :, start : self.length] = v
         return keys[:, :, : self.length], values[:, :, : self.length]
 
+    def reserve(self, batch: int, tokens: int) -> bool:
+        """Make room for so many tokens of `batch` sequences; False where none can be made."""
+        keys, values, needed = self.keys, self.values, self.length + tokens
+        if keys is None or values is None or keys.requires_grad or keys.shape[0] != batch:
+            return False
+        if needed > keys.shape[2]:
+            self.keys = _grown(keys, keys, self.length, needed)
+            self.values = _grown(values, values, self.length, needed)
+        return True
+
     def check_crop(self, length: int) -> None:
         """Raise ValueError unless the layer can go back to its first `length` tokens."""
 

@@ -261,7 +261,8 @@ class PreTrainedConfig(metaclass=_ConfigType):
         """
         changes: dict[str, Any] = {k: v for k, v in implementations.items() if v is not None}
         if kernels is not None:
-            changes = {**dict.fromkeys(implementations), **changes, "kernels": kernels}
+            forgotten = dict.fromkeys(name for name in RUNTIME if name != "kernels")
+            changes = {**forgotten, **changes, "kernels": kernels}
         return self.replace(**changes)
 
     def __eq__(self, other: object) -> bool:

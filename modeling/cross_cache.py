@@ -6,8 +6,6 @@ The states of an encoder do not grow while a decoder writes: each layer projects
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from swathe.modeling.cache import DynamicCache, StaticCache
@@ -75,21 +73,14 @@ class EncoderDecoderCache:
         self.cross_attention_cache.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows, in the given order. Raises TypeError with a StaticCache."""
-        self._in_both("batch_select_indices", indices)
+        """Keep the given rows, in the given order."""
+        self.self_attention_cache.batch_select_indices(indices)
+        self.cross_attention_cache.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times. Raises TypeError with a StaticCache."""
-        self._in_both("batch_repeat_interleave", repeats)
-
-    def _in_both(self, method: str, argument: Any) -> None:
-        if not isinstance(self.self_attention_cache, DynamicCache):
-            raise TypeError(
-                f"EncoderDecoderCache.{method}: a StaticCache keeps its rows; it needs a "
-                "DynamicCache for the decoder's tokens"
-            )
-        for cache in (self.self_attention_cache, self.cross_attention_cache):
-            getattr(cache, method)(argument)
+        """Repeat each row `repeats` times."""
+        self.self_attention_cache.batch_repeat_interleave(repeats)
+        self.cross_attention_cache.batch_repeat_interleave(repeats)
 
     def __repr__(self) -> str:
         return f"EncoderDecoderCache({self.self_attention_cache!r}, {self.cross_attention_cache!r})"

@@ -43,6 +43,7 @@ from swathe.modeling.losses import causal_lm_loss, linear_causal_lm_loss
 from swathe.modeling.model import PreTrainedModel
 from swathe.modeling.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from swathe.modeling.packing import Packing
+from swathe.modeling.recorded import run_recorded
 
 
 @dataclass
@@ -136,6 +137,11 @@ class DecoderModel(DecoderPreTrainedModel):
         foreign = LayerMasks.of(cache, hidden)
         residual: Tensor | None = None
         states: list[Any] = [None] * (len(layers) + 1)
+        if not (kept or capture):
+            recorded = run_recorded(self, layers, hidden, rotations, mask, cache)
+            if recorded is not None:
+                found.hidden, _ = self.norm(*recorded)
+                return found
         for i, layer in enumerate(layers):
             if i in kept:
                 hidden, residual = (hidden if residual is None else hidden + residual), None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention.op import empty_backward, empty_forward, strides_of
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.rows import unit_rows
 
 # Forward of csrc/attention.h: pointers; types and sizes; strides; masks; numbers
@@ -157,7 +157,7 @@ def _run(
         softcap,
         lowest,
     )  # fmt: skip
-    if entry(name)(packed + more):
+    if call(name, packed + more):
         raise MemoryError(f"attention: no memory for the scratch rows of {D} and {E} features")
 
 

@@ -13,6 +13,7 @@ import ctypes
 import os
 import struct
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import c_char_p, c_int32
@@ -23,7 +24,7 @@ import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 6  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 7  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3
@@ -47,6 +48,8 @@ _SIGNATURES = {
     "swathe_qk_norm_rotary_backward": [c_char_p],
     "swathe_rms_norm_forward": [c_char_p],
     "swathe_rms_norm_backward": [c_char_p],
+    "swathe_run": [c_char_p],
+    "swathe_append": [c_char_p],
     "swathe_rotary": [c_char_p],
     "swathe_linear": [c_char_p],
     "swathe_attention_forward": [c_char_p],
@@ -140,6 +143,41 @@ def entry(name: str) -> Callable[[bytes], int]:
     """The entry point `name`, which takes packed arguments and returns 0, or what went wrong."""
     function: Callable[[bytes], int] = getattr(library(), name)
     return function
+
+
+def address_of(name: str) -> int:
+    """Where the entry point `name` is in memory."""
+    return ctypes.cast(entry(name), ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+class _Here(threading.local):
+    note: Callable[[str, bytes], None] | None = None
+
+
+_here = _Here()
+
+
+def call(name: str, packed: bytes) -> int:
+    """Call an entry point; 0, or what went wrong. While `noting`, the call is noted instead."""
+    if _here.note is None:
+        return entry(name)(packed)
+    _here.note(name, packed)
+    return 0
+
+
+def is_noting() -> bool:
+    """Whether calls of this thread are noted instead of made."""
+    return _here.note is not None
+
+
+@contextmanager
+def noting(note: Callable[[str, bytes], None]) -> Iterator[None]:
+    """Give every call of this thread to `note` instead of making it; core/program.py."""
+    _here.note = note
+    try:
+        yield
+    finally:
+        _here.note = None
 
 
 def why_unavailable() -> str | None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from swathe.kernels.core.cpp import is_noting
+
 _PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str))
 _OPERATORS: dict[str, Op] = {}
 
@@ -146,7 +148,9 @@ def _traced(args: tuple[Any, ...]) -> bool:
 
 def plain(args: tuple[Any, ...]) -> bool:
     """Whether a kernel may read these tensors: nothing traces, and none is of a subclass."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() and not is_noting():
         return False
     return all(type(a) in _PLAIN for a in args)
 

@@ -11,7 +11,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.losses import empty_losses, one_stride
 from swathe.kernels.core.rows import as_rows
 
@@ -92,4 +92,4 @@ def _run(
         torch.get_num_threads(),
         *numbers,
     )
-    entry(f"swathe_cross_entropy_{way}")(packed)
+    call(f"swathe_cross_entropy_{way}", packed)

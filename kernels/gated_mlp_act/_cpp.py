@@ -11,7 +11,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.gated_mlp_act.op import (
     empty_backward,
@@ -101,4 +101,4 @@ def _run(
 ) -> None:
     # rows that follow each other without a gap are one row
     M, N = (1, count) if strides[1:] == (N, N, N) and strides[0] in (0, N) else (count // N, N)
-    entry(f"swathe_gated_mlp_act_{way}")(_PACKED.pack(*tensors, *strides, M, N, *numbers))
+    call(f"swathe_gated_mlp_act_{way}", _PACKED.pack(*tensors, *strides, M, N, *numbers))

@@ -226,4 +226,11 @@ register_backend(
 register_backend(
     triton_backend(OP, lambda: fused("triton", "swathe.kernels.gated_mlp_act._triton"), _EVERYTHING)
 )
-set_preference(OP, [Prefer(("triton", "eager"), device="cuda"), Prefer(("eager",))])
+set_preference(
+    OP,
+    [
+        Prefer(("triton", "eager"), device="cuda"),
+        Prefer(("cpp", "eager"), device="cpu"),
+        Prefer(("eager",)),
+    ],
+)

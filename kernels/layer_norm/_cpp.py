@@ -12,7 +12,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, entry
+from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, call
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.layer_norm.op import empty_backward, empty_forward, empty_forward_add
 
@@ -74,7 +74,7 @@ def _run_forward(
         eps,
         torch.get_num_threads(),
     )
-    _raise_if(entry("swathe_layer_norm_forward")(packed), N)
+    _raise_if(call("swathe_layer_norm_forward", packed), N)
 
 
 def backward(
@@ -112,7 +112,7 @@ def backward(
         N,
         torch.get_num_threads(),
     )
-    _raise_if(entry("swathe_layer_norm_backward")(packed), N)
+    _raise_if(call("swathe_layer_norm_backward", packed), N)
     return dx, total
 
 

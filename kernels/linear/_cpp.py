@@ -14,7 +14,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.op import differentiating, plain
 from swathe.kernels.core.rows import as_rows, unit_rows
 from swathe.kernels.linear import eager
@@ -57,7 +57,7 @@ def linear(
         found.append(y)
     x, x_stride = as_rows(x)
     threads, count = torch.get_num_threads(), len(found)
-    call = _CALL.pack(x.data_ptr(), TYPE_CODES[x.dtype], M, K, x_stride, count, threads)
-    if entry("swathe_linear")(b"".join((call, *packed, _NO_WEIGHTS[MAX_WEIGHTS - count]))):
+    head = _CALL.pack(x.data_ptr(), TYPE_CODES[x.dtype], M, K, x_stride, count, threads)
+    if call("swathe_linear", b"".join((head, *packed, _NO_WEIGHTS[MAX_WEIGHTS - count]))):
         raise MemoryError(f"linear: no memory for {M} rows of {K} features")
     return tuple(found)

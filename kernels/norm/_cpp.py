@@ -12,7 +12,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, entry
+from swathe.kernels.core.cpp import NO_TENSOR, TYPE_CODES, call
 from swathe.kernels.core.rows import as_rows
 from swathe.kernels.norm.op import empty_backward, empty_forward, empty_forward_add
 
@@ -81,7 +81,7 @@ def _run_forward(
         casting == "llama",
         torch.get_num_threads(),
     )
-    _raise_if(entry("swathe_rms_norm_forward")(packed), N)
+    _raise_if(call("swathe_rms_norm_forward", packed), N)
 
 
 def backward(
@@ -120,7 +120,7 @@ def backward(
         offset,
         torch.get_num_threads(),
     )
-    _raise_if(entry("swathe_rms_norm_backward")(packed), N)
+    _raise_if(call("swathe_rms_norm_backward", packed), N)
     return dx, dw
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.cpp_rotation import (
     HEADS,
     NO_HEADS,
@@ -121,5 +121,5 @@ def _run(
         eps,
         offset,
     )
-    failed = entry(f"swathe_qk_norm_rotary_{way}")(packed)
+    failed = call(f"swathe_qk_norm_rotary_{way}", packed)
     raise_if(failed, "qk_norm_rotary", turning, rotary_dim)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.cpp import TYPE_CODES, entry
+from swathe.kernels.core.cpp import TYPE_CODES, call
 from swathe.kernels.core.cpp_rotation import (
     HEADS,
     NO_HEADS,
@@ -55,7 +55,7 @@ def _run(
         back,
         torch.get_num_threads(),
     )
-    raise_if(entry("swathe_rotary")(packed), "rotary", turning, rotary_dim)
+    raise_if(call("swathe_rotary", packed), "rotary", turning, rotary_dim)
     return found
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from swathe.kernels.core.cpp import is_noting
 from swathe.kernels.core.registry import AUTO, Choice
 from swathe.kernels.linear.api import linear, resolve_linear
 from swathe.modeling.policy import KernelModule
@@ -60,7 +61,9 @@ def project(x: Tensor, *projections: Any) -> tuple[Tensor, ...]:
 
 def _to_torch(x: Tensor, few: int) -> bool:
     # sizes in a graph may be symbols, which a comparison would make numbers
-    return torch.compiler.is_compiling() or x.numel() > few or torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    return x.numel() > few and not is_noting()  # a program holds nothing of torch's
 
 
 def _is_bare(module: Any, like: Any) -> bool:

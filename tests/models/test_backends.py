@@ -210,6 +210,7 @@ def test_options_of_from_pretrained(tmp_path: Path) -> None:
         attn_implementation="eager",
         norm_implementation="eager",
         rope_implementation="eager",
+        mlp_implementation="eager",
         device_map={"": "cpu"},
         hidden_act="gelu",
         low_cpu_mem_usage=True,
@@ -223,6 +224,14 @@ def test_options_of_from_pretrained(tmp_path: Path) -> None:
                 llama.LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
         else:
             assert llama.LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype).dtype == expected
+
+
+def test_kernels_of_a_configuration_in_use_are_forgotten(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    given = {"config": model.config, "kernels": {"linear": "eager", "norm": "eager"}}
+    rows = llama.LlamaForCausalLM.from_pretrained(tmp_path, **given).kernel_report().rows
+    assert {row.backend for row in rows if row.op in ("linear", "rms_norm")} == {"eager"}
 
 
 def test_a_given_config_is_not_changed(tmp_path: Path) -> None:

@@ -180,6 +180,19 @@ def test_crop_and_reset() -> None:
 
 
 @torch.no_grad()
+def test_rows_of_a_static_cache_are_chosen_and_repeated() -> None:
+    model = decoder()
+    both = EncoderDecoderCache(StaticCache(SIZES, 24), DynamicCache())
+    model(IDS[:, :5], past_key_values=both, **ENCODER)
+    whole = model(IDS, **ENCODER).last_hidden_state[:, 5:]
+    both.batch_select_indices(torch.tensor([1]))
+    both.batch_repeat_interleave(3)
+    given = {"past_key_values": both, "encoder_attention_mask": SEEN[[1, 1, 1]]}
+    found = model(IDS[1:2, 5:].expand(3, -1), **given).last_hidden_state
+    torch.testing.assert_close(found, whole[1:2].expand(3, -1, -1), **CLOSE)
+
+
+@torch.no_grad()
 def test_caches_that_do_not_fit() -> None:
     model = decoder()
     with pytest.raises(TypeError, match="self_attention_cache is a list; it must be a DynamicCach"):
@@ -187,9 +200,6 @@ def test_caches_that_do_not_fit() -> None:
     static = StaticCache(SIZES, 24)
     with pytest.raises(TypeError, match="cross_attention_cache is a StaticCache; it must be a Dyn"):
         EncoderDecoderCache(DynamicCache(), static)  # type: ignore[arg-type]
-    both = EncoderDecoderCache(static, DynamicCache())
-    with pytest.raises(TypeError, match="batch_select_indices: a StaticCache keeps its rows"):
-        both.batch_select_indices(torch.tensor([0]))
     with pytest.raises(TypeError, match="past_key_values is a tuple; it must be a DynamicCache"):
         model(IDS, past_key_values=((STATES, STATES),))
     with pytest.raises(ValueError, match=r"max_cache_len=25 tokens; the model has positions for"):

@@ -26,13 +26,13 @@ needs_cpp = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The entry points that were called, in their order."""
     made: list[str] = []
-    real = _cpp.entry
+    real = _cpp.call
 
-    def noted(name: str) -> Any:
+    def noted(name: str, packed: bytes) -> Any:
         made.append(name)
-        return real(name)
+        return real(name, packed)
 
-    monkeypatch.setattr(_cpp, "entry", noted)
+    monkeypatch.setattr(_cpp, "call", noted)
     return made
 
 
