@@ -138,8 +138,9 @@ def test_sdpa_refuses_what_it_cannot() -> None:
     for given in ({"softcap": 5.0}, {"sinks": randn(H)}, {"alibi": SLOPES}, {"return_lse": True}):
         with pytest.raises(UnsupportedFeature, match=r"does not serve \w+=True.*'eager'"):
             attention(q, k, v, implementation="sdpa", **given)  # type: ignore[call-overload]
-    assert resolve_attention(q, D).backend == "sdpa"
-    assert resolve_attention(q, D, sinks=True).backend == "eager"
+    dropout = {"dropout": True}  # which the C++ library does not serve
+    assert resolve_attention(q, D, **dropout).backend == "sdpa"
+    assert resolve_attention(q, D, sinks=True, **dropout).backend == "eager"
     assert "sinks" in swathe.explain("attention", sinks=True)
 
 
