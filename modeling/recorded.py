@@ -58,7 +58,7 @@ def run_recorded(
     ):
         return None
     found = _recordings.get(cache)
-    if found is None or not found.fits(body, hidden, mask, cache):
+    if found is None or not found.fits(body, layers, hidden, mask, cache):
         trial, refused = (B, T, body._kernel_policy), _refused.setdefault(cache, [])
         if trial in refused:
             return None
@@ -104,9 +104,9 @@ class RecordedLayers:
             name: r._replace(cos=r.cos.clone(), sin=r.sin.clone()) for name, r in rotations.items()
         }
         self.position = array("q", [0])
-        self.count, self.policy = len(layers), body._kernel_policy
+        self.layers, self.policy = layers, body._kernel_policy
         self.threads = torch.get_num_threads()
-        self.buffers = [cache.buffers(i) for i in range(self.count)]
+        self.buffers = [cache.buffers(i) for i in range(len(layers))]
         T, capacity = hidden.shape[1], self.buffers[0][0].shape[2]
         first, last = _bounds(mask, hidden, cache)
         self.bounds = first.clone(), last.clone()
@@ -125,13 +125,17 @@ class RecordedLayers:
         assert residual is not None
         self.stream: Stream = stream, residual
 
-    def fits(self, body: Any, hidden: Tensor, mask: Mask, cache: DynamicCache) -> bool:
+    def fits(
+        self, body: Any, layers: list[Any], hidden: Tensor, mask: Mask, cache: DynamicCache
+    ) -> bool:
         """Whether everything is as it was when this was recorded."""
         if (
             hidden.shape != self.hidden.shape
             or hidden.dtype != self.hidden.dtype
             or body._kernel_policy is not self.policy
             or torch.get_num_threads() != self.threads
+            or len(layers) != len(self.layers)
+            or any(now is not then for now, then in zip(layers, self.layers, strict=True))
         ):
             return False
         for i, (keys, values) in enumerate(self.buffers):
@@ -161,7 +165,7 @@ class RecordedLayers:
             mine.copy_(theirs)
         self.position[0] = cache.get_seq_length()
         self.program.run()
-        cache.lengthen(self.count, hidden.shape[1])
+        cache.lengthen(len(self.layers), hidden.shape[1])
         return self.stream
 
 
@@ -172,7 +176,9 @@ def _bounds(mask: Mask, hidden: Tensor, cache: DynamicCache) -> tuple[Tensor, Te
 
 def _children(layers: list[Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
     """Every module in the layers, with the dict that holds it; hooks on any cannot be recorded."""
-    found = [({str(i): layer}, str(i), layer) for i, layer in enumerate(layers)]
+    found: list[tuple[dict[str, Any], str, nn.Module]] = [
+        ({"": layer}, "", layer) for layer in layers
+    ]
     for layer in layers:
         for module in layer.modules():
             found += [(module._modules, name, child) for name, child in module.named_children()]

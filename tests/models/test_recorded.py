@@ -142,6 +142,14 @@ def replace_module(model: Any) -> None:
     new.weight.data.mul_(0.5)
 
 
+def replace_layer(model: Any) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+
+
+def leave_out_a_layer(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
 def replace_parameter(model: Any) -> None:
     norm = model.model.layers[0].input_layernorm
     norm.weight = nn.Parameter(norm.weight.detach() * 3.0)
@@ -166,7 +174,8 @@ def switch(model: Any) -> None:
 
 
 CHANGES = (
-    replace_data, replace_module, replace_parameter, write_in_place, replace_forward, hook, switch
+    replace_layer, leave_out_a_layer, replace_data, replace_module, replace_parameter,
+    write_in_place, replace_forward, hook, switch,
 )  # fmt: skip
 
 
