@@ -99,6 +99,8 @@ class RecordedLayers:
     ) -> None:
         if any(layer.window is not None for layer in layers):
             raise NotRecordable("a sliding window")
+        if any(layer.self_attn.layer_idx != i for i, layer in enumerate(layers)):
+            raise NotRecordable("layers that share a layer of the cache")
         self.hidden = hidden.clone()
         self.rotations = {
             name: r._replace(cos=r.cos.clone(), sin=r.sin.clone()) for name, r in rotations.items()
