@@ -58,7 +58,7 @@ def run_recorded(
     ):
         return None
     found = _recordings.get(cache)
-    if found is None or not found.fits(body, layers, hidden, mask, cache):
+    if found is None or not found.fits(body, layers, hidden, rotations, mask, cache):
         trial, refused = (B, T, body._kernel_policy), _refused.setdefault(cache, [])
         if trial in refused:
             return None
@@ -128,7 +128,13 @@ class RecordedLayers:
         self.stream: Stream = stream, residual
 
     def fits(
-        self, body: Any, layers: list[Any], hidden: Tensor, mask: Mask, cache: DynamicCache
+        self,
+        body: Any,
+        layers: list[Any],
+        hidden: Tensor,
+        rotations: Mapping[str, Rotation],
+        mask: Mask,
+        cache: DynamicCache,
     ) -> bool:
         """Whether everything is as it was when this was recorded."""
         if (
@@ -140,6 +146,9 @@ class RecordedLayers:
             or any(now is not then for now, then in zip(layers, self.layers, strict=True))
         ):
             return False
+        for name, rotation in self.rotations.items():
+            if rotations[name].cos.shape != rotation.cos.shape:
+                return False
         for i, (keys, values) in enumerate(self.buffers):
             now = cache.buffers(i)
             if now[0] is not keys or now[1] is not values:

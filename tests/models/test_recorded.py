@@ -231,6 +231,24 @@ def test_what_happens_to_a_cache_is_seen(runs: list[str]) -> None:
     alike(found, in_a_loop(call))
 
 
+def test_positions_of_each_row(runs: list[str]) -> None:
+    model, ids = build(), tokens(2, 14)
+
+    def call() -> list[Tensor]:
+        cache, found = DynamicCache(), []
+        with torch.no_grad():
+            model(ids[:, :8], past_key_values=cache, use_cache=True)
+            for at in range(8, 14):
+                own = torch.tensor([[at], [at + 3]]) if at > 10 else None
+                given = {"past_key_values": cache, "use_cache": True, "position_ids": own}
+                found.append(model(ids[:, at : at + 1], **given).logits)
+        return found
+
+    found = call()
+    assert runs == ["made", "run", "run", "run", "made", "run", "run", "run"]
+    alike(found, in_a_loop(call))
+
+
 def test_what_asks_for_more_runs_in_a_loop(runs: list[str]) -> None:
     model, ids = build(), tokens(1, 12)
     cache = DynamicCache()
