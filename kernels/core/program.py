@@ -64,7 +64,7 @@ class _OnlyPlaces(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         space, _, name = func._schema.name.partition("::")
-        if space == "swathe":
+        if space == "swathe" and func._overloadname == "cpp":
             with self:  # what a launcher allocates is kept, what it copies is refused
                 return operator(f"{name}.{func._overloadname}").launch(*args)
         if name not in _MEMORY | _VIEWS | _FACTS:

@@ -68,8 +68,9 @@ def gated_mlp_act(
     """
     _validate(gate, up, casting, packed)
     act = _checked_act(act, limit, alpha)
-    limit = LIMIT if limit is None else _checked_limit(limit, gate.dtype)
-    alpha = ALPHA if alpha is None else alpha
+    # LIMIT and ALPHA in place: dynamo takes a global float for an input
+    limit = 7.0 if limit is None else _checked_limit(limit, gate.dtype)
+    alpha = 1.702 if alpha is None else alpha
     grad = wants_gradient(gate, up)
     facts = (gate.shape[-1], grad, act, casting, packed if up is None else None)
     call = _chooser.call_for(gate, implementation, *facts)

@@ -131,6 +131,15 @@ def test_other_layers_run_as_they_are(family: str, runs: list[str]) -> None:
     alike(found, in_a_loop(lambda: steps(model, ids, (4, *[1] * 20))))
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_other_backends_run_as_they_are(attn: str, runs: list[str]) -> None:
+    model, ids = build(), tokens(1, 14)
+    model.set_attn_implementation(attn)
+    found = steps(model, ids, (8, *[1] * 6))
+    assert not runs
+    alike(found, in_a_loop(lambda: steps(model, ids, (8, *[1] * 6))))
+
+
 def replace_data(model: Any) -> None:
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = weight.data * 2.0
