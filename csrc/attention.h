@@ -47,7 +47,7 @@ constexpr int64_t kSuper = 384;  // keys whose gradients are formed together
 constexpr int64_t kSplit = 512;  // keys of a part of a decoding row
 constexpr double kLog2e = 1.4426950408889634;
 
-// Query rows that share keys: row r is token (row0 + r) / group of head `head` + (row0 + r) % group.
+// Query rows that share keys: row r is token (row0 + r) / group of head + (row0 + r) % group.
 struct Block {
   int64_t b, kv, head, group, row0, rows;
 

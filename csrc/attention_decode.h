@@ -1,5 +1,5 @@
-// Decoding: few rows against many keys. Each key is read once, features across; scores are rows down
-// and keys across, in tiles of kKeys, so that a softmax uses whole vectors.
+// Decoding: few rows against many keys. Each key is read once, features across; scores are rows
+// down and keys across, in tiles of kKeys, so that a softmax uses whole vectors.
 
 SWATHE_INLINE float max_of(vf x) {
 #if SWATHE_LANES == 16
@@ -144,7 +144,8 @@ SWATHE_TARGET static void decode_part(const Attention& a, const Block& at, int64
   for (int64_t s = std::max(begin, span.begin); s < stop; s += kKeys) {
     const int64_t n = std::min(kKeys, stop - s);
     if (a.table == nullptr) {
-      const X *k = row_at<X>(a.k, a.k_at, at.b, at.kv, s), *v = row_at<X>(a.v, a.v_at, at.b, at.kv, s);
+      const X* k = row_at<X>(a.k, a.k_at, at.b, at.kv, s);
+      const X* v = row_at<X>(a.v, a.v_at, at.b, at.kv, s);
       decode_tile(a, at, s, n, k, a.k_at.t, v, a.v_at.t, room);
     } else {
       const Keys k = keys_at<X>(a, a.k, a.k_at, at.b, at.kv, s, n, a.D, room.keys);

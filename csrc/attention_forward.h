@@ -33,7 +33,8 @@ SWATHE_TARGET static void forward_block(const Attention& a, const Block& at, Roo
       }
     }
     const Keys values = keys_at<X>(a, a.v, a.v_at, at.b, at.kv, s, n, a.E, room.values);
-    multiply<float>({values.at, 1, values.stride, n, room.sT, width, room.oT, width, true}, a.E, vectors);
+    multiply<float>({values.at, 1, values.stride, n, room.sT, width, room.oT, width, true}, a.E,
+                    vectors);
   }
   for (int64_t r = 0; r < at.rows; ++r) {
     const int64_t t = at.token(r), h = at.head_of(r);

@@ -5,7 +5,8 @@ SWATHE_INLINE int64_t vectors_of(const Block& at) { return (at.rows + lanes - 1)
 
 // One row of a tensor that is read.
 template <class X>
-SWATHE_INLINE const X* row_at(const void* base, const Strides& by, int64_t b, int64_t h, int64_t t) {
+SWATHE_INLINE const X* row_at(const void* base, const Strides& by, int64_t b, int64_t h,
+                              int64_t t) {
   return static_cast<const X*>(base) + b * by.b + h * by.h + t * by.t;
 }
 

@@ -26,7 +26,7 @@ struct Append {
 
 using namespace swathe;
 
-// Where to write is read when the step runs, so that a program can serve one position after another.
+// Where to write is read when the step runs: a program can serve one position after another.
 SWATHE_API int32_t swathe_append(const void* packed) {
   Append a;
   std::memcpy(&a, packed, sizeof a);

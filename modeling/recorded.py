@@ -154,9 +154,7 @@ class RecordedLayers:
             if now[0] is not keys or now[1] is not values:
                 return False
         for held, name, module in self.modules:
-            if held.get(name) is not module or "forward" in module.__dict__:
-                return False
-            if module._forward_hooks or module._forward_pre_hooks:
+            if held.get(name) is not module or _does_more(module):
                 return False
         for held, name, parameter, at in self.parameters:
             if held.get(name) is not parameter or parameter.data_ptr() != at:
@@ -185,6 +183,12 @@ def _bounds(mask: Mask, hidden: Tensor, cache: DynamicCache) -> tuple[Tensor, Te
     return mask.bounds_int32(T, cache.get_seq_length() + T, hidden.device)
 
 
+def _does_more(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward in eval mode."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooked) or module.training or "forward" in module.__dict__
+
+
 def _children(layers: list[Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
     """Every module in the layers, with the dict that holds it; hooks on any cannot be recorded."""
     found: list[tuple[dict[str, Any], str, nn.Module]] = [
@@ -194,8 +198,8 @@ def _children(layers: list[Any]) -> list[tuple[dict[str, Any], str, nn.Module]]:
         for module in layer.modules():
             found += [(module._modules, name, child) for name, child in module.named_children()]
     for _, _, module in found:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            raise NotRecordable(f"{type(module).__name__} does more than its class")
+        if _does_more(module):
+            raise NotRecordable(f"{type(module).__name__} does more than in inference")
     return found
 
 

@@ -241,7 +241,7 @@ def test_parity_on_captured_activations(tiny: Path) -> None:
 
 def test_parity_sees_a_missing_gradient(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    captured = capture(model, torch.randint(3, 96, (1, 9)))
+    captured = capture(model, torch.randint(3, 96, (4, 60)))
     right = parity.outputs_of
 
     def without_dh(inputs: dict[str, Any], backend: str) -> dict[str, torch.Tensor]:
@@ -251,8 +251,7 @@ def test_parity_sees_a_missing_gradient(tiny: Path, monkeypatch: pytest.MonkeyPa
         return found
 
     monkeypatch.setattr(parity, "outputs_of", without_dh)
-    # so few elements scatter: their ratios are not held to the contract
-    over = [row.output for row in measure(captured, ["triton"]) if row.rho_eager > 2]
+    over = [row.output for row in measure(captured, ["triton"]) if row.rho_eager > 1.25]
     assert over == ["dx"]
 
 

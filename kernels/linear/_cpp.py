@@ -19,7 +19,7 @@ from swathe.kernels.core.op import differentiating, plain
 from swathe.kernels.core.rows import as_rows, unit_rows
 from swathe.kernels.linear import eager
 
-# rows of x from which torch's products are faster; csrc/linear.cpp holds at most 16
+# rows of x past which torch's products are faster; csrc/linear.cpp holds at most 16
 MAX_ROWS = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 16}
 MAX_WEIGHTS = 4
 # LinearArguments of csrc/linear.cpp, and one Weights each

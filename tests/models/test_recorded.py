@@ -258,6 +258,17 @@ def test_positions_of_each_row(runs: list[str]) -> None:
     alike(found, in_a_loop(call))
 
 
+def test_a_layer_in_training_runs_in_a_loop(runs: list[str]) -> None:
+    model, ids, cache = build(), tokens(1, 12), DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :8], past_key_values=cache, use_cache=True)
+        model(ids[:, 8:9], past_key_values=cache, use_cache=True)
+        assert runs == ["made", "run"]
+        model.model.layers[1].mlp.train()
+        model(ids[:, 9:10], past_key_values=cache, use_cache=True)
+        assert runs == ["made", "run"]
+
+
 def test_what_asks_for_more_runs_in_a_loop(runs: list[str]) -> None:
     model, ids = build(), tokens(1, 12)
     cache = DynamicCache()
