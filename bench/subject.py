@@ -29,7 +29,7 @@ OPS = (
     "attention",
 )
 
-# what a CPU is measured at: one token, a few and a sequence, each of as many features as models have
+# what a CPU is measured at: one token, a few and a sequence, of as many features as models have
 ROWS, COLUMNS = (1, 16, 2048), (576, 2048, 4096)
 HEADS = {576: (9, 3, 64), 2048: (32, 8, 64), 4096: (32, 8, 128)}  # of q, of k, their features
 
