@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.hf.decode import generate
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
@@ -91,6 +92,7 @@ _HOME = {
     "explain": "swathe.kernels.catalog",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
     "geglu": "swathe.kernels.gated_mlp_act.api",
+    "generate": "swathe.modeling.hf.decode",
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
     "memory_estimate": "swathe.modeling.memory",
@@ -142,6 +144,7 @@ __all__ = [
     "explain",
     "gated_mlp_act",
     "geglu",
+    "generate",
     "layer_norm",
     "linear_cross_entropy",
     "memory_estimate",

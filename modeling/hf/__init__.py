@@ -2,6 +2,7 @@
 
     with_generate(model)      gives one of our models transformers' `generate`
     without_generate(model)   takes it away again
+    generate(model, ids)      our decoding loop for models of either kind
     from_hf(model)            our model over the weights of one of transformers'
     to_hf(model)              transformers' model over the weights of one of ours
 
@@ -16,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 from swathe.modeling.hf.installed import require
 
 if TYPE_CHECKING:
+    from swathe.modeling.hf.decode import generate
     from swathe.modeling.hf.generate import with_generate, without_generate
     from swathe.modeling.hf.share import from_hf, to_hf
 
 _HOME = {
     "from_hf": "share",
+    "generate": "decode",
     "to_hf": "share",
     "with_generate": "generate",
     "without_generate": "generate",
 }
 
-__all__ = ["from_hf", "to_hf", "with_generate", "without_generate"]
+__all__ = ["from_hf", "generate", "to_hf", "with_generate", "without_generate"]
 
 require()
 

@@ -57,7 +57,7 @@ def from_hf(
             module.reset_buffers(model.device)  # type: ignore[operator]
     ours._adopt(ours._kernel_policy)
     if ours.can_generate() and model.generation_config is not None:
-        ours.generation_config = _generation(model.generation_config)
+        ours.generation_config = generation_config_of(model.generation_config)
     return ours.train(model.training)
 
 
@@ -109,7 +109,8 @@ def _ours(name: str, model_type: str) -> type[PreTrainedModel]:
     )
 
 
-def _generation(theirs: transformers.GenerationConfig) -> GenerationConfig:
+def generation_config_of(theirs: transformers.GenerationConfig) -> GenerationConfig:
+    """Ours with the special tokens of one of transformers', all else in `extra`."""
     values = theirs.to_diff_dict()
     tokens = {name: values.pop(f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     return GenerationConfig(**{f"{name}_token_id": t for name, t in tokens.items()}, extra=values)
