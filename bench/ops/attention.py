@@ -42,6 +42,17 @@ PROBES = {
     "whole": Shape("probe_whole", 1, 4, 2, 160, 160, 64, 64),
     "pieces": Shape("probe_pieces", 1, 4, 2, 160, 160, 80, 80),
 }
+# prefill by groups of 3 and 8 query heads, and decode from a cache of 4k
+CPU = tuple(
+    Shape(f"prefill_{T}_of_{D}_by_{H // K}", 1, H, K, T, T, D, D)
+    for D in (64, 128)
+    for H, K in ((9, 3), (8, 1))
+    for T in (128, 512, 2048, 4096)
+) + tuple(
+    Shape(f"decode_4k_of_{D}_by_{H // K}", 1, H, K, 1, 4096, D, D)
+    for D in (64, 128)
+    for H, K in ((9, 3), (32, 4))
+)
 LARGE = (
     Shape("large_64", 1, 8, 8, 2048, 2048, 64, 64),
     Shape("large_256", 1, 4, 2, 1024, 1024, 256, 256),
@@ -280,7 +291,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:]),
-    cpu=MODELS[:1],
+    cpu=CPU,
     tiny=TINY,
     probes=PROBES,
     probed=lambda s: "whole" if s.D & (s.D - 1) == s.E & (s.E - 1) == 0 else "pieces",

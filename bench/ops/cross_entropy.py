@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.contenders import library, overwriting
 from bench.huge import ends_differ
-from bench.subject import Function, Peer, Subject, each_once
+from bench.subject import Function, Peer, Subject, each_once, grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.cross_entropy.api import resolve_cross_entropy
@@ -83,7 +83,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU, *MODELS),
-    cpu=MODELS,
+    cpu=(*grid(Shape), *MODELS),
     tiny=(Shape("tiny", 9, 64), Shape("tiny_odd", 12, 37)),
     probes=PROBES,
     probed=lambda s: "narrow" if s.V <= 1024 else "wide",
@@ -92,5 +92,6 @@ SUBJECT = Subject(
     second_look=("llama_3_train",),
     host=("llama_3",),
     checked={"wide": Shape("wide_checked", 300, 50_257)},
+    timed=on_grid,
     huge=huge,
 )
