@@ -59,7 +59,8 @@ def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidat
         return
     inner = wrappers(forward)[-1]
     try:
-        names, summed_in_place = {site.norm for site in sites(inner)}, in_place(inner)
+        names = {site.norm for site in sites(inner) if site.reached(module)}
+        summed_in_place = in_place(inner)
     except Unreadable as error:
         yield Candidate(path, module, OP, reason=str(error))
         return

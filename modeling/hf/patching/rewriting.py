@@ -22,6 +22,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -33,15 +34,24 @@ _NORMED = "_swathe_normed"
 _MAYBE = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp)
 _MAYBE_TOO = (ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Compare)
 
+Flags = tuple[tuple[str, bool], ...]
 _LAYOUT = ("PUSH_NULL", "PRECALL", "CACHE", "NOP", "EXTENDED_ARG")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A sum and the norm that takes it: `self.norm(left + right)`, perhaps over two statements."""
+    """A sum and the norm that takes it: `self.norm(left + right)`, perhaps over two statements.
+
+    `flags` are the attributes of the module on which branches around it depend.
+    """
 
     norm: str
     text: str
+    flags: Flags
+
+    def reached(self, module: Any) -> bool:
+        """Whether the module's flags are such that it may run."""
+        return all(bool(getattr(module, name, wanted)) is wanted for name, wanted in self.flags)
 
 
 class Unreadable(ValueError):
@@ -55,15 +65,16 @@ def sites(function: FunctionType) -> tuple[Site, ...]:
     Whether that is a norm is not known here. Raises Unreadable where there is no source, or another
     than what `function` was compiled of.
     """
-    return tuple(Site(found.name, found.text) for found in _pairs(_parsed(function)))
+    tree = _parsed(function)
+    return tuple(Site(pair.name, pair.text, flags) for pair, flags in _pairs(tree))
 
 
 @cache
 def in_place(function: FunctionType) -> tuple[str, ...]:
     """Names of what is called with a sum formed in place (`h += x`), which no call replaces."""
     found = []
-    for block in _blocks(_parsed(function)):
-        for statement, following in zip(block, block[1:], strict=False):
+    for block, _ in _blocks(_parsed(function)):
+        for statement, following in pairwise(block):
             if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
                 names = {statement.target.id} if isinstance(statement.target, ast.Name) else set()
                 call = _call_of(following, names)
@@ -80,12 +91,12 @@ def rewritten(
     """
     tree = _parsed(function)
     used: dict[str, Callable[..., Any]] = {}
-    for number, pair in enumerate(list(_pairs(tree))):
+    for number, (pair, _) in enumerate(list(_pairs(tree))):
         if pair.name in calls:
             name = f"{_CALL}_{pair.name}"
             used[name] = calls[pair.name]
             pair.join(name, f"{_NORMED}_{number}")
-    for block in list(_blocks(tree)):
+    for block, _ in list(_blocks(tree)):
         block[:] = [s for statement in block for s in (statement, *_dropped(statement))]
     return with_body(function, _compiled(tree, function, used, title))
 
@@ -119,9 +130,9 @@ class _Pair:
 def _dropped(statement: ast.stmt) -> Iterator[ast.stmt]:
     """`del normed`, after the statement that reads it: what was normed would live on otherwise."""
     for node in ast.walk(statement) if isinstance(statement, ast.Assign | ast.Expr) else ():
-        if isinstance(node, ast.Name) and node.id.startswith(_NORMED):
-            if isinstance(node.ctx, ast.Load):
-                yield ast.Delete([ast.Name(node.id, ast.Del())])
+        read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        if read and node.id.startswith(_NORMED):  # type: ignore[attr-defined]
+            yield ast.Delete([ast.Name(node.id, ast.Del())])  # type: ignore[attr-defined]
 
 
 class _Replace(ast.NodeTransformer):
@@ -132,13 +143,13 @@ class _Replace(ast.NodeTransformer):
         return self.new if node is self.old else super().visit(node)
 
 
-def _pairs(tree: ast.FunctionDef) -> Iterator[_Pair]:
-    for block in _blocks(tree):
+def _pairs(tree: ast.FunctionDef) -> Iterator[tuple[_Pair, Flags]]:
+    for block, flags in _blocks(tree):
         for i, statement in enumerate(block):
             for call in _calls(statement):
                 argument = call.args[0]
                 if isinstance(argument, ast.BinOp) and isinstance(argument.op, ast.Add):
-                    yield _pair(argument, call, None, statement)
+                    yield _pair(argument, call, None, statement), flags
             total = _sum(statement)
             if total is None or not isinstance(statement, ast.Assign):
                 continue
@@ -148,7 +159,7 @@ def _pairs(tree: ast.FunctionDef) -> Iterator[_Pair]:
                     continue
                 call = _call_of(following, names)
                 if call is not None:
-                    yield _pair(total, call, statement, following)
+                    yield _pair(total, call, statement, following), flags
                 break
 
 
@@ -160,15 +171,27 @@ def _pair(
     return _Pair(name, text, total, call, assignment, statement)
 
 
-def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+def _blocks(tree: ast.AST, flags: Flags = ()) -> Iterator[tuple[list[ast.stmt], Flags]]:
     """Lists of statements that run one after another; not those of functions and classes inside."""
     for field in ("body", "orelse", "finalbody"):
         block = getattr(tree, field, None)
         if isinstance(block, list) and block:
-            yield block
+            inside = (*flags, *_flag(tree, field == "body"))
+            yield block, inside
             for statement in block:
                 if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    yield from _blocks(statement)
+                    yield from _blocks(statement, inside)
+
+
+def _flag(tree: ast.AST, wanted: bool) -> Flags:
+    """The attribute that `if self.name:` or `if not self.name:` depends on."""
+    if not isinstance(tree, ast.If):
+        return ()
+    test = tree.test
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        test, wanted = test.operand, not wanted
+    is_flag = isinstance(test, ast.Attribute) and ast.unparse(test.value) == "self"
+    return ((test.attr, wanted),) if is_flag else ()  # type: ignore[attr-defined]
 
 
 def _sum(statement: ast.stmt) -> ast.BinOp | None:

@@ -53,7 +53,7 @@ class Turning:
     def serves(self, features: int, width: int) -> bool:
         """Whether heads of so many features can be turned by tables of this width."""
         R = self.dim(width)
-        return R % 2 == 0 and (2 <= R <= features) and (R == features or not self.regrouped)
+        return R % 2 == 0 and (2 <= R <= features) and (features == R or not self.regrouped)
 
     def __call__(
         self, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, implementation: str = "auto"

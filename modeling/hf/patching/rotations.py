@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, wraps
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +207,10 @@ def _proof(
     ours = stand_in(form, backend)
 
     def fused(_: nn.Module, *tensors: Tensor) -> Any:
-        return ours(**dict(zip(form.turned + form.tables, tensors, strict=True)))
+        named = dict(zip(form.turned + form.tables, tensors, strict=True))
+        if _given(form, (), named) is None:
+            raise TypeError("the stand-in leaves these arguments to the function itself")
+        return ours(**named)
 
     module = _Turning(form).to(device)
     return prove(module, fused, _calls(form, features, dtype, device))
@@ -218,20 +222,21 @@ def _calls(
     """Random heads and angles, in a layout that a call without the axis has; endless."""
     layouts = {key: heads for key, heads in form.layouts.items() if key[2] == form.axis_default}
     (dims, table_dims, _), heads = max(layouts.items())
+    B, H, S = 2, 3, 5
+    sizes = [B, H, S, D] if heads == dims - 3 else [B, S, H, D]
     draw = Generator().manual_seed(0)
-    whole = D // form.turning.dim(1)
-    widths = (whole, whole // 2) if form.partial and form.turning.serves(D, whole // 2) else (whole,)
-    while True:
-        for W in widths:
-            sizes = [2, 3, 5, D] if heads == 1 and dims == 4 or heads == 0 else [2, 5, 3, D]
-            xs = [
-                torch.randn(sizes[4 - dims :], generator=draw).to(device, dtype).requires_grad_()
-                for _ in form.turned
-            ]
-            angles = torch.randn([2, 5, W][3 - table_dims :], generator=draw) * 100
-            cos, sin = angles.cos().to(device), angles.sin().to(device)
-            tables = (cos.to(dtype), sin.to(dtype))
-            yield Call((*xs, *(tables if len(form.tables) == 2 else (torch.complex(cos, sin),))))
+    widths = [D // form.turning.dim(1)]
+    if form.partial and form.turning.serves(D, widths[0] // 2):
+        widths.append(widths[0] // 2)
+    for W in cycle(widths):
+        xs = [torch.randn(sizes[4 - dims :], generator=draw) for _ in form.turned]
+        xs = [x.to(device, dtype).requires_grad_() for x in xs]
+        angles = torch.randn([B, S, W][3 - table_dims :], generator=draw) * 100
+        cos, sin = angles.cos().to(device), angles.sin().to(device)
+        if len(form.tables) == 1:
+            yield Call((*xs, torch.complex(cos, sin)))
+        else:
+            yield Call((*xs, cos.to(dtype), sin.to(dtype)))
 
 
 def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device]:
