@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from torch import Tensor, nn
+
 from support.hf_patching import (
     BACKEND,
     apply,
@@ -25,7 +27,6 @@ from support.hf_patching import (
     tiny,
     token_ids,
 )
-from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
@@ -168,9 +169,7 @@ def test_a_function_that_differs_somewhere_is_no_form(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_proof_catches_a_wrong_form(
-    name: str, bug: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_the_proof_catches_a_wrong_form(name: str, bug: dict[str, Any], dtype: torch.dtype) -> None:
     right = form(name)
     wrong = replace(right, turning=replace(right.turning, **bug))
     where = (16, dtype, torch.device("cpu"), BACKEND)
@@ -233,9 +232,7 @@ def test_a_wrong_op_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
-def test_copies_and_pickles_stay_patched(
-    model_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copies_and_pickles_stay_patched(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny(model_type), token_ids()
     own = outcome(model, ids)
     apply(model, rotations)

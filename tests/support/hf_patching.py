@@ -1,4 +1,4 @@
-"""Tiny models of transformers for tests of single finders, and what a patch must leave as it was."""
+"""Tiny models of transformers for tests of single finders, and what must stay as it was."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def assert_equal(ours: dict[str, Tensor], own: dict[str, Tensor], rtol: float = 
     assert ours.keys() == own.keys()
     for name, wanted in own.items():
         atol = rtol * wanted.abs().max().item() + 1e-30
-        torch.testing.assert_close(ours[name], wanted, rtol=rtol, atol=atol, msg=lambda m: name + m)
+        torch.testing.assert_close(ours[name], wanted, rtol=rtol, atol=atol, msg=f"{name} differs")
 
 
 def gold(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:

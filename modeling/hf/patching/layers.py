@@ -104,7 +104,8 @@ def _joined_candidate(
         undo.swap_class(module, fused_class(type(module), forward, op=OP))
 
     weights = tuple((t.shape, t.dtype, t.device) for n in norms.values() for t in n.parameters())
-    return Candidate(path, module, OP, used, None, (type(module), joined, weights), proof, apply)
+    key = (OP, joined, weights, backend)
+    return Candidate(path, module, OP, used, None, key, proof, apply)
 
 
 @recipe
@@ -175,7 +176,14 @@ def _may_be_a_norm(module: nn.Module) -> bool:
 
 def _form_at(module: nn.Module, name: str) -> Form | None:
     norm = module._modules.get(name)
-    return norm_form(norm) if norm is not None and _may_be_a_norm(norm) else None
+    return norm_form(_bare(norm)) if norm is not None and _may_be_a_norm(norm) else None
+
+
+def _bare(norm: nn.Module) -> nn.Module:
+    """A copy with the same tensors and without hooks, of the class that it had."""
+    made = private(norm, lambda t: t)
+    made.__class__ = _own_class(norm)
+    return made
 
 
 def _own_class(norm: nn.Module) -> type[nn.Module]:
@@ -216,8 +224,7 @@ class _SumAndNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = private(norm, lambda t: t)
-        self.norm.__class__ = _own_class(norm)
+        self.norm = _bare(norm)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         total = a + b

@@ -11,13 +11,15 @@ number of tokens, dtypes that differ, an argument that is seldom used, goes to t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
+from swathe.kernels.rotary.api import resolve_rotary
+from swathe.modeling.hf.patching.admission import chosen, plain, why_left
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.prove import Call, prove
 from swathe.modeling.hf.patching.rebinding import (
@@ -29,7 +31,7 @@ from swathe.modeling.hf.patching.rebinding import (
 )
 from swathe.modeling.hf.patching.report import Candidate, Proof
 from swathe.modeling.hf.patching.rotary_forms import RotaryFunction, may_be_rotary, read
-from swathe.modeling.hf.patching.swaps import Undo, fused_class, recipe, why_not_swapped
+from swathe.modeling.hf.patching.swaps import Undo, fused_class, recipe
 
 OP = "rotary"
 _HEAD = 64  # features of a head in a proof, where the module does not say
@@ -56,14 +58,17 @@ def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidat
             served.append(name)
     if not served:
         return
-    reason = why_not_swapped(module) or why_not_rewrapped(type(module).forward)
-    if reason is not None:
-        yield Candidate(path, module, OP, reason=reason)
-        return
     forms = [form for form in called.values() if isinstance(form, RotaryFunction)]
-    dtype, device = _kind(module)
-    features = getattr(module, "head_dim", None)
-    features = features if isinstance(features, int) and features % 4 == 0 else _HEAD
+    like = _like(module)
+    dtype, device, features = like.dtype, like.device, like.shape[-1]
+    tables = torch.float32 if any(len(form.tables) == 1 for form in forms) else dtype
+    resolve = partial(resolve_rotary, like, like.to(tables))
+    used, reason = chosen(resolve, OP, backend)
+    own = list(module.parameters(recurse=False))
+    reason = why_left(module, own) or why_not_rewrapped(type(module).forward) or reason
+    if reason is not None:
+        yield Candidate(path, module, OP, used, reason)
+        return
 
     def proof() -> Proof:
         proofs = [_proof(form, features, dtype, device, backend) for form in forms]
@@ -74,8 +79,8 @@ def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidat
         forward = turned_forward(type(module), tuple(served), backend)
         undo.swap_class(module, fused_class(type(module), forward, op=OP))
 
-    key = (tuple(form.function for form in forms), features, dtype, device)
-    yield Candidate(path, module, OP, key=key, prove=proof, apply=apply)
+    key = (OP, tuple(form.function for form in forms), features, dtype, device, backend)
+    yield Candidate(path, module, OP, used, None, key, proof, apply)
 
 
 @cache
@@ -146,8 +151,11 @@ def _given(form: RotaryFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if k is None and len(xs) == 2 and form.alone is None:
         return None
     present = [t for t in (*xs, *tables) if t is not None]
-    plain = all(type(t) is Tensor for t in (q, *tables, *present))
-    if not plain or any(value is not None for value in given.values()):
+    if (
+        any(t is None for t in (q, *tables))
+        or not plain(*present)
+        or any(value is not None for value in given.values())
+    ):
         return None
     cos, sin = tables if len(tables) == 2 else (tables[0].real, tables[0].imag)
     heads = form.layouts.get((q.dim(), cos.dim(), axis))
@@ -239,9 +247,11 @@ def _calls(
             yield Call((*xs, cos.to(dtype), sin.to(dtype)))
 
 
-def _kind(module: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """dtype and device of the activations, as the parameters have them."""
+def _like(module: nn.Module) -> Tensor:
+    """A head as the module's activations have them: their dtype is taken to be the parameters'."""
+    features = getattr(module, "head_dim", None)
+    features = features if isinstance(features, int) and features % 4 == 0 else _HEAD
     for p in module.parameters():
         if p.is_floating_point():
-            return p.dtype, p.device
-    return torch.get_default_dtype(), torch.device("cpu")
+            return torch.empty(1, 1, 1, features, dtype=p.dtype, device=p.device)
+    return torch.empty(1, 1, 1, features, device="cpu")
