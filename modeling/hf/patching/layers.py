@@ -36,7 +36,7 @@ from swathe.modeling.hf.patching.rewriting import Unreadable, in_place, rewritte
 from swathe.modeling.hf.patching.swaps import Forward, Undo, fused_class, hooked, recipe
 
 OP = "residual_norm"
-Joined = tuple[str, type[nn.Module], Form, torch.dtype | None]  # attribute, class, form, only dtype
+Joined = tuple[str, Any, Form, torch.dtype | None]  # attribute, class, form, only dtype
 _SCALES = (1.0, 1e-2, 10.0)
 _SHAPES = ((1,), (3,), (2, 5), (7,))
 
@@ -122,14 +122,15 @@ def joined_forward(cls: type[nn.Module], joined: tuple[Joined, ...], backend: st
 
 @cache
 def add_norm(
-    cls: type[nn.Module], form: Form, only: torch.dtype | None, backend: str
+    cls: Any, form: Form, only: torch.dtype | None, backend: str
 ) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The function of (norm, a, b) that returns a + b and the norm of it.
 
     It is one call of the op for a norm of class `cls`, whose form was read, if nothing hangs on it.
     """
     weight_name, bias_name = form.weight, getattr(form, "bias", None)
-    call, in_autocast = _rms_call if isinstance(form, RMSForm) else _layer_call, form.in_autocast
+    call: Any = _rms_call if isinstance(form, RMSForm) else _layer_call
+    in_autocast = form.in_autocast
 
     def joined(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not hooked(norm) and _own_class(norm) is cls:
@@ -144,7 +145,8 @@ def add_norm(
                 and (only is None or (a.dtype == only and (weight is None or weight.dtype == only)))
                 and (in_autocast or not torch.is_autocast_enabled(a.device.type))
             ):
-                return call(a, b, weight, bias, form, backend)
+                found: tuple[Tensor, Tensor] = call(a, b, weight, bias, form, backend)
+                return found
         total = a + b
         return total, norm(total)
 

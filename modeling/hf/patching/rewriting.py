@@ -157,9 +157,9 @@ def _pairs(tree: ast.FunctionDef) -> Iterator[tuple[_Pair, Flags]]:
             for following in block[i + 1 :]:
                 if _copies(following, names):
                     continue
-                call = _call_of(following, names)
-                if call is not None:
-                    yield _pair(total, call, statement, following), flags
+                taking = _call_of(following, names)
+                if taking is not None:
+                    yield _pair(total, taking, statement, following), flags
                 break
 
 
@@ -311,12 +311,14 @@ def _outer(tree: ast.FunctionDef, function: FunctionType, used: Iterable[str]) -
     return ast.fix_missing_locations(ast.Module([outer], []))
 
 
-def _made(code: CodeType, function: FunctionType, used: Mapping[str, Any]) -> FunctionType:
+def _made(module: CodeType, function: FunctionType, used: Mapping[str, Any]) -> FunctionType:
+    """The function that is defined inside the one function of a module, which is not run."""
+    (outer,) = (c for c in module.co_consts if isinstance(c, CodeType))
+    code = next(
+        c for c in outer.co_consts if isinstance(c, CodeType) and c.co_name == function.__name__
+    )
+    cells = {name: CellType(value) for name, value in used.items()}
     free = function.__code__.co_freevars
-    names: dict[str, Any] = {}
-    exec(code, function.__globals__, names)
-    made: FunctionType = names["make"](*(None for _ in free), *used.values())
-    cells = dict(zip(made.__code__.co_freevars, made.__closure__ or (), strict=True))
     cells |= dict(zip(free, function.__closure__ or (), strict=True))
-    closure: tuple[CellType, ...] = tuple(cells[name] for name in made.__code__.co_freevars)
-    return FunctionType(made.__code__, made.__globals__, made.__name__, None, closure)
+    closure = tuple(cells[name] for name in code.co_freevars)
+    return FunctionType(code, function.__globals__, code.co_name, None, closure)

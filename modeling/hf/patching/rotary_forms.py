@@ -68,10 +68,12 @@ class Turning:
         q_in, k_in = self._read(q, start), None if k is None else self._read(k, start)
         pairs = {"interleaved": self.interleaved and not self.regrouped, "rotary_dim": R}
         found: Any = rotary(q_in, k_in, cos, sin, implementation=implementation, **pairs)  # type: ignore[call-overload]
-        q_out, k_out = (found, None) if k is None else found
+        both: Any = (found, None) if k is None else found
+        q_out, k_out = both
         if start:
             q_out = torch.cat((q[..., :start], q_out), -1)
-            k_out = None if k is None else torch.cat((k[..., :start], k_out), -1)
+            if k is not None:
+                k_out = torch.cat((k[..., :start], k_out), -1)
         return q_out, k_out
 
     def _read(self, x: Tensor, start: int) -> Tensor:
@@ -150,7 +152,7 @@ def _roles(function: FunctionType) -> tuple[Any, ...] | str:
 
 @dataclass
 class _Probe:
-    function: FunctionType
+    function: Any
     parameters: tuple[str, ...]
     turned: tuple[str, ...]
     tables: tuple[str, ...]
@@ -178,9 +180,19 @@ class _Probe:
         promotes = self._promotes(start, whole)
         if isinstance(promotes, str):
             return promotes
-        roles = (self.function, self.parameters, self.turned, self.tables, self.axis)
-        alone = self._alone(turning, start, whole)
-        return RotaryFunction(*roles, self.axis_default, turning, partial, layouts, promotes, alone)
+        return RotaryFunction(
+            self.function,
+            self.parameters,
+            self.turned,
+            self.tables,
+            self.axis,
+            self.axis_default,
+            turning,
+            partial,
+            layouts,
+            promotes,
+            self._alone(turning, start, whole),
+        )
 
     def call(self, xs: Sequence[Tensor | None], cos: Tensor, sin: Tensor, axis: Any) -> Any:
         """The function's own result, None where it refuses these."""
@@ -225,8 +237,8 @@ class _Probe:
         rows = torch.eye(_D).repeat_interleave(2 * W + 1, 0).double()[None, None]
         cos, sin = settings.repeat(_D, 1).double().split(W, -1)
         heads = [rows, rows.flip(-2)][: len(self.turned)]
-        tables = [table[None] if "b" in table_axes else table for table in (cos, sin)]
-        found = self.tensors([_placed(x, x_axes) for x in heads], *tables, axis)
+        c, s = (cos[None], sin[None]) if "b" in table_axes else (cos, sin)
+        found = self.tensors([_placed(x, x_axes) for x in heads], c, s, axis)
         if not found:
             return None
         k = heads[1] if len(heads) == 2 else None

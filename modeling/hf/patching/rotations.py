@@ -49,7 +49,8 @@ def find(model: nn.Module, options: Options) -> list[Candidate]:
 
 
 def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidate]:
-    called = rotary_calls(type(module))
+    cls: Any = type(module)
+    called = rotary_calls(cls)
     served: list[str] = []
     for name, form in called.items():
         if isinstance(form, str):
@@ -65,7 +66,7 @@ def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidat
     resolve = partial(resolve_rotary, like, like.to(tables))
     used, reason = chosen(resolve, OP, backend)
     own = list(module.parameters(recurse=False))
-    reason = why_left(module, own) or why_not_rewrapped(type(module).forward) or reason
+    reason = why_left(module, own) or why_not_rewrapped(cls.forward) or reason
     if reason is not None:
         yield Candidate(path, module, OP, used, reason)
         return
@@ -84,7 +85,7 @@ def _candidates(path: str, module: nn.Module, backend: str) -> Iterator[Candidat
 
 
 @cache
-def rotary_calls(cls: type[nn.Module]) -> dict[str, RotaryFunction | str]:
+def rotary_calls(cls: Any) -> dict[str, RotaryFunction | str]:
     """The rotary functions that the forward of `cls` calls, by their global names."""
     if why_not_rewrapped(cls.forward) is not None and not hasattr(cls.forward, "__code__"):
         return {}
@@ -98,9 +99,7 @@ def rotary_calls(cls: type[nn.Module]) -> dict[str, RotaryFunction | str]:
 
 
 @recipe
-def turned_forward(
-    cls: type[nn.Module], names: tuple[str, ...], backend: str
-) -> Callable[..., Any]:
+def turned_forward(cls: Any, names: tuple[str, ...], backend: str) -> Callable[..., Any]:
     """The forward of `cls` with stand-ins for the rotary functions that it calls by `names`."""
     forward: Any = cls.forward
     inner = wrappers(forward)[-1]
