@@ -2,8 +2,11 @@
 
     with_generate(model)      gives one of our models transformers' `generate`
     without_generate(model)   takes it away again
+    attention_options(...)    what attn_implementation="swathe" and "triton" do where they cannot
+                              serve; importing this package makes both names known to transformers
 
-Importing this package needs transformers 5.10 or newer, and says so where that is missing.
+Importing this package needs transformers 5.10 or newer, and says so where that is missing; it does
+not wait for the import of transformers' model code.
 """
 
 from __future__ import annotations
@@ -12,15 +15,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swathe.modeling.hf.installed import require
+from swathe.modeling.hf.registration import register
 
 if TYPE_CHECKING:
+    from swathe.modeling.hf.attention import attention_options
     from swathe.modeling.hf.generate import with_generate, without_generate
 
-_HOME = {"with_generate": "generate", "without_generate": "generate"}
+_HOME = {
+    "attention_options": "attention",
+    "with_generate": "generate",
+    "without_generate": "generate",
+}
 
-__all__ = ["with_generate", "without_generate"]
+__all__ = ["attention_options", "with_generate", "without_generate"]
 
 require()
+register()
 
 
 def __getattr__(name: str) -> Any:
