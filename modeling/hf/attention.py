@@ -10,7 +10,7 @@ that a caller made are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,12 +31,14 @@ from swathe.modeling.hf.masks import intervals_of
 
 # what models hand to every module; where attention needs it, masks.py has seen it
 _WITHOUT_EFFECT = frozenset(
-    """cache cache_position deterministic encoder_attention_mask encoder_hidden_states layer_idx
-    logits_to_keep max_length_k max_length_q num_items_in_batch output_hidden_states
-    output_router_logits past_key_value past_key_values position_embeddings position_ids return_dict
-    seq_idx target_dtype token_type_ids use_cache""".split()
+    [
+        *("cache", "past_key_value", "past_key_values", "cache_position", "use_cache"),
+        *("encoder_hidden_states", "encoder_attention_mask", "position_ids", "position_embeddings"),
+        *("max_length_q", "max_length_k", "seq_idx", "token_type_ids", "layer_idx", "return_dict"),
+        *("output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch"),
+        *("deterministic", "target_dtype"),
+    ]
 )
-Forward = Callable[..., tuple[Tensor, Tensor | None]]
 Borders = tuple[Tensor | None, Tensor | None]  # of packed documents, in the queries and the keys
 
 
@@ -49,7 +51,7 @@ class _Options:
 _options = _Options()
 
 
-class attention_options:  # noqa: N801 - reads as torch.no_grad does
+class attention_options:  # lower case, as torch.no_grad is
     """What "swathe" and "triton" do with calls that they cannot serve; from now on, or in a block.
 
         swathe.hf.attention_options(fallback="sdpa")            # until it is called again
@@ -81,73 +83,85 @@ class attention_options:  # noqa: N801 - reads as torch.no_grad does
         _options = self._before
 
 
-def _forward_of(asked: str) -> Forward:
-    def attention_forward(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        indices: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        output_attentions: bool | None = None,
-        **rest: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """o (B, T, H, E) of query (B, H, T, D), key (B, K, S, D) and value (B, K, S, E), any strides.
+def _forward(
+    asked: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What a layer of a model calls: o (B, T, H, E), and its weights (B, H, T, S) or None.
 
-        The second value is None, or the weights (B, H, T, S) where `output_attentions` asks for
-        them and the backend, or the fallback, has them.
-        """
-        _refuse_unknown(rest)
-        if query.shape[0] == 1 != key.shape[0]:  # learned queries, the same for every sequence
-            query = query.expand(key.shape[0], -1, -1, -1)
-        S = key.shape[2]
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        borders = (cu_seq_lens_q, cu_seq_lens_k)
-        mask = _mask(attention_mask, query, S, bool(causal), sliding_window, borders)
-        mask = _with(mask, position_bias, indices, S)
-        backend = _backend(
-            asked,
-            _options.fallback,
-            query.device,
-            query.dtype,
-            max(query.shape[-1], value.shape[-1]),
-            query.shape[1] > key.shape[1],
-            dropout > 0,
-            bool(output_attentions),
-            softcap is not None,
-            s_aux is not None,
-            wants_gradient(query, key, value, s_aux, mask.bias),
-        )
-        if output_attentions:
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            spec = AttentionSpec(mask, scale, dropout, softcap, sinks=s_aux)
-            o, weights = attention_with_weights(query, key, value, spec)
-            return o.contiguous(), weights
-        o = attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=scaling,
-            dropout=dropout,
-            softcap=softcap,
-            sinks=s_aux,
-            implementation=backend,
-        )
+    Shapes: query (B, H, T, D), key (B, K, S, D), value (B, K, S, E), with any strides.
+    `s_aux` holds a sink a head, (H,), `sinks` one a row, (B, H, T, 1).
+    """
+    _refuse_unknown(rest)
+    if query.shape[0] == 1 != key.shape[0]:  # learned queries, the same for every sequence
+        query = query.expand(key.shape[0], -1, -1, -1)
+    S = key.shape[2]
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    borders = (cu_seq_lens_q, cu_seq_lens_k)
+    mask = _mask(attention_mask, query, S, causal, sliding_window, borders)
+    mask = _with(mask, position_bias, indices, S)
+    call = _Call(
+        query.device,
+        query.dtype,
+        size=max(query.shape[-1], value.shape[-1]),
+        grouped=query.shape[1] > key.shape[1],
+        dropout=dropout > 0,
+        weights=bool(output_attentions),
+        softcap=softcap is not None,
+        sinks=s_aux is not None,
+        lse=sinks is not None,
+        grad=wants_gradient(query, key, value, s_aux, mask.bias),
+    )
+    backend = _backend(asked, _options.fallback, call)
+    if output_attentions:
+        if sinks is not None:
+            raise UnsupportedFeature(
+                "attention: weights (output_attentions=True) beside a sink for every row (sinks) "
+                "are not served; use attn_implementation='eager'"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        spec = AttentionSpec(mask, scale, dropout, softcap, sinks=s_aux)
+        o, weights = attention_with_weights(query, key, value, spec)
+        return o.contiguous(), weights
+    numbers: Any = {"scale": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    if sinks is None:
+        o = attention(query, key, value, mask, **numbers, implementation=backend)
         return o.contiguous(), None
+    o, lse = attention(query, key, value, mask, **numbers, return_lse=True, implementation=backend)
+    # what a key of value 0 and logit `sinks` leaves of a row's weight
+    left = torch.sigmoid(lse - sinks[..., 0].float()).transpose(1, 2)[..., None]
+    return (o * left).to(o.dtype).contiguous(), None
 
-    attention_forward.__name__ = attention_forward.__qualname__ = f"{asked}_attention_forward"
-    return attention_forward
+
+def swathe_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What attn_implementation="swathe" calls."""
+    return _forward("swathe", *args, **kwargs)
+
+
+def triton_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What attn_implementation="triton" calls."""
+    return _forward("triton", *args, **kwargs)
+
+
+FORWARDS = {"swathe": swathe_attention_forward, "triton": triton_attention_forward}
 
 
 def _refuse_unknown(given: dict[str, Any]) -> None:
@@ -185,8 +199,11 @@ def _version(t: Tensor | None) -> int:
 def _mask(
     given: Tensor | None, q: Tensor, S: int, causal: bool, window: int | None, borders: Borders
 ) -> Mask:
-    """What a layer's mask and its borders of documents say, for queries q (B, H, T, D)."""
-    # masks.py leaves no mask out where a window matters; the towers of images have none at all
+    """What a layer's mask and its borders of documents say, for queries q (B, H, T, D).
+
+    Where a model makes no mask, as towers of images do, `causal` and `window` say it all.
+    """
+    # every mask that masks.py makes has the window in it
     window = window if given is None and window is not None and window < S else None
     parts = (q, S, causal, window)
     dense = given is not None and given.dtype != torch.int32
@@ -225,9 +242,7 @@ def _made(
     return mask if borders[0] is None else _in_documents(mask, q, S, borders[0], borders[1])
 
 
-def _in_documents(
-    mask: Mask, q: Tensor, S: int, rows: Tensor, keys: Tensor | None
-) -> Mask:
+def _in_documents(mask: Mask, q: Tensor, S: int, rows: Tensor, keys: Tensor | None) -> Mask:
     """The same mask within documents that are laid end to end; see Mask.in_documents."""
     B, T = q.shape[0], q.shape[2]
     keys = None if keys is rows else keys
@@ -258,59 +273,48 @@ def _with(mask: Mask, position_bias: Tensor | None, indices: Tensor | None, S: i
     return replace(mask, allowed=allowed, rows_may_be_empty=True)
 
 
+class _Call(NamedTuple):
+    """What decides which backend serves a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    size: int
+    grouped: bool
+    dropout: bool
+    weights: bool
+    softcap: bool
+    sinks: bool
+    lse: bool
+    grad: bool
+
+
 _chosen: dict[tuple[Any, ...], str] = {}
 on_change(_chosen.clear)
 
 
-def _backend(asked: str, fallback: str | None, *facts: Any) -> str:
+def _backend(asked: str, fallback: str | None, call: _Call) -> str:
     """The backend of swathe.attention that serves a call, by name.
 
     Raises what resolve_attention raises where neither the one asked for nor the fallback does.
     """
-    key = (asked, fallback, *facts)
     if torch.compiler.is_compiling():
-        return _choose(*(next(iter({fact: None})) for fact in key))  # numbers, never symbols
+        # a dict's keys are numbers, never symbols
+        return _choose(asked, fallback, *(next(iter({fact: None})) for fact in call))
+    key = (asked, fallback, call)
     if key not in _chosen:
-        _chosen[key] = _choose(*key)
+        _chosen[key] = _choose(asked, fallback, *call)
     return _chosen[key]
 
 
-def _choose(
-    asked: str,
-    fallback: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    size: int,
-    grouped: bool,
-    dropout: bool,
-    weights: bool,
-    softcap: bool,
-    sinks: bool,
-    grad: bool,
-) -> str:
-    x = torch.empty(0, dtype=dtype, device=device)
-
-    def serving(name: str) -> str:
-        return resolve_attention(
-            x,
-            size,
-            name,
-            groups=2 if grouped else 1,
-            dropout=dropout,
-            weights=weights,
-            softcap=softcap,
-            sinks=sinks,
-            grad=grad,
-        ).backend
-
+def _choose(asked: str, fallback: str | None, *facts: Any) -> str:
+    call = _Call(*facts)
     order = ["triton"] if asked == "triton" else [AUTO]
-    if asked == "swathe" and device.type == "cuda":
+    if asked == "swathe" and call.device.type == "cuda":
         order = ["triton", AUTO]
-    order += [] if fallback is None else [fallback]
     refused: list[BackendUnavailable | UnsupportedFeature] = []
-    for name in order:
+    for name in [*order, *([] if fallback is None else [fallback])]:
         try:
-            return serving(name)
+            return _serving(call, name)
         except (BackendUnavailable, UnsupportedFeature) as why:
             refused.append(why)
     raise type(refused[0])(
@@ -323,4 +327,17 @@ def _choose(
 # what torch.compiler.assume_constant_result sets: graphs take the answer as it is
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-FORWARDS: dict[str, Forward] = {name: _forward_of(name) for name in ("swathe", "triton")}
+
+def _serving(call: _Call, name: str) -> str:
+    return resolve_attention(
+        torch.empty(0, dtype=call.dtype, device=call.device),
+        call.size,
+        name,
+        groups=2 if call.grouped else 1,
+        dropout=call.dropout,
+        weights=call.weights,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        lse=call.lse,
+        grad=call.grad,
+    ).backend

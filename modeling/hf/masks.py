@@ -3,13 +3,14 @@
 transformers describes a mask by a function of (batch, head, query, key) indices and a padding
 mask (B, S), and asks `interval_mask` to make of it what every layer's attention is then given:
 
-    None                           causal, or full for modules that are not; nothing else
     int32  (B, 1, T, 2)            row t of sequence b sees keys first <= s < last
     int32  (B, 1, T + S / 2, 2)    the same, then S flags, 1 for a key that is no padding
-    bool   (B, 1, T, S)            masks that are no intervals, and those that models read
+    bool   (B, 1, T, S)            masks that are no intervals
+    float  (B, 1, T, S)            for models that work on masks themselves: eager attention's form
 
 A plain small tensor passes through all that models do with a mask: `.to`, checkpointing,
-`generate`, torch.compile. A model that does arithmetic with it fails by its shape.
+`generate`, torch.compile. A model that does arithmetic with it fails by its shape. It is never
+None, which would leave it to each module's `is_causal`; not every model sets that right.
 
 Recognised  transformers' own functions, by their code, and what they are closed over: causal,
             full, sliding, chunked, packed, and several of them at once. Any other is evaluated once
@@ -38,8 +39,14 @@ MaskFunction = Callable[..., Any]
 Part = tuple[str, dict[str, Any]]  # a kind of mask, and what its function is closed over
 Seen = tuple[Tensor | None, Tensor | None]  # the first key and the one past the last, (1 or B, T)
 
-_INDEXED = "indexed_attention"  # the layers whose indexer reads the mask
 _UNPACKED = {"causal", "full", "window", "around", "chunk"}
+# kinds of layers that work on the mask: they choose keys by it, or append to it
+_ON_MASKS = {
+    "indexed_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "minimax_m3_sparse",
+}
 
 
 def interval_mask(
@@ -50,53 +57,36 @@ def interval_mask(
     kv_offset: int = 0,
     mask_function: MaskFunction = theirs.causal_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
     config: Any = None,
     **_: Any,
-) -> Tensor | None:
+) -> Tensor:
     """What transformers' AttentionMaskInterface calls; returns one of the forms listed above.
 
     attention_mask: bool (B, tokens so far), True for tokens that are no padding.
-    Raises ValueError for a model with attention of its own, which could not read the result.
+    Raises ValueError where "triton" is asked of a model with attention of its own.
     """
-    _refuse_own_attention(config)
     B, T, S, device = batch_size, q_length, kv_length, torch.device(device)
-    parts = _parts(mask_function)
-    kinds = None if parts is None else {kind for kind, _ in parts}
-    held = _held(attention_mask, S, kv_offset)
-    if held is not None and looked_at(held) and bool(held.all()):
-        held = None
-    may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
-    if kinds is not None and kinds <= _UNPACKED:
-        whole = held is None and (local_size is None or local_size > S)
-        if whole and may_skip and _goes_without(kinds, T, S, q_offset, kv_offset, config):
-            return None
-        # a tensor is the offset of a static cache, for which transformers forbids None as well
-        read = not may_skip and isinstance(q_offset, int)
-    else:
-        read = False
-    seen: Seen | None = None
     every = (B, T, S, q_offset, kv_offset, mask_function, use_vmap, device)
-    if not read and _INDEXED not in (getattr(config, "layer_types", None) or ()):
-        rows = torch.arange(T, device=device)[None] + (q_offset - kv_offset)
-        seen = _probed(*every) if parts is None else _seen(parts, rows, kv_offset)
+    parts = _parts(mask_function)
+    plain = parts is not None and {kind for kind, _ in parts} <= _UNPACKED
+    # a whole mask is asked for though nothing is special about it: the model works on it. Where the
+    # offset is a tensor the cache is a static one, and transformers asks like that in any case
+    whole = not (
+        allow_is_causal_skip or allow_is_bidirectional_skip or isinstance(q_offset, Tensor)
+    )
+    if (plain and whole) or _works_on_masks(config):
+        visible = _dense(*every, attention_mask)
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    rows = torch.arange(T, device=device)[None] + (q_offset - kv_offset)
+    seen = _probed(*every) if parts is None else _seen(parts, rows, kv_offset)
     if seen is None:
         return _dense(*every, attention_mask)
-    return _carrier(seen, held, B, T, S, device)
-
-
-def _goes_without(
-    kinds: set[str], T: int, S: int, q_offset: int | Tensor, kv_offset: int, config: Any
-) -> bool:
-    """Whether the mask is what attention does without one, nothing being hidden by padding."""
-    if "causal" in kinds:
-        return isinstance(q_offset, int) and kv_offset == 0 and q_offset + T == S
-    # the attention of a decoder that was told to see both ways may still call itself causal
-    return kinds <= {"full", "around"} and bool(getattr(config, "is_causal", True))
+    return _carrier(seen, _held(attention_mask, S, kv_offset), B, T, S, device)
 
 
 def intervals_of(mask: Tensor, T: int, S: int) -> Mask:
@@ -122,19 +112,18 @@ def _carrier(
     first, last = seen
     first = torch.zeros(1, 1, dtype=torch.long, device=device) if first is None else first
     last = torch.full((1, 1), S, device=device) if last is None else last
-    keys = held
     if held is not None:
         begin, end, holes = _outline(held, S)
         first, last = torch.maximum(first, begin), torch.minimum(last, end)
         if looked_at(held) and not bool(holes.any()):
-            keys = None
+            held = None
     # two planes, so that a kernel reads each bound in place
     planes = torch.stack((first.expand(B, T), last.expand(B, T))).int()
     carrier = planes.permute(1, 2, 0)[:, None]
-    if keys is not None:
-        flags = F.pad(keys.int(), (0, S % 2)).view(B, 1, -1, 2)
-        carrier = torch.cat((carrier, flags), 2)
-    return carrier
+    if held is None:
+        return carrier
+    flags = F.pad(held.int(), (0, S % 2)).view(B, 1, -1, 2)
+    return torch.cat((carrier, flags), 2)
 
 
 def _held(attention_mask: Tensor | None, S: int, kv_offset: int) -> Tensor | None:
@@ -196,7 +185,7 @@ def _probed(*every: Any) -> Seen | None:
     last = torch.where(visible, key + 1, 0).amax(-1)
     whole = (visible.sum(-1) == (last - first).clamp(min=0)).all()
     if tracing:
-        torch._assert_async(
+        torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
             whole,
             "a row of this attention mask sees keys on both sides of one that it does not see, "
             "which a compiled graph cannot find out beforehand; use attn_implementation='sdpa'",
@@ -319,14 +308,19 @@ def _code_of(maker: str, arguments: tuple[Any, ...], closed_over: set[str]) -> A
 _KINDS = {_code_of(*made): kind for kind, made in _MADE_BY.items()}
 
 
-def _refuse_own_attention(config: Any) -> None:
-    if config is None or not _has_own_attention(type(config).__module__):
-        return
-    raise ValueError(
-        f"{config.model_type}: this model has attention of its own in place of transformers' "
-        f"attention interface, so attn_implementation={config._attn_implementation!r} cannot "
-        "reach it; use attn_implementation='eager', for this part of a model by a dict of parts"
-    )
+def _works_on_masks(config: Any) -> bool:
+    """Whether a model does more with its mask than hand it to the attention interface."""
+    if config is None:
+        return False
+    if not _has_own_attention(type(config).__module__):
+        return not _ON_MASKS.isdisjoint(getattr(config, "layer_types", None) or ())
+    if config._attn_implementation == "triton":
+        raise ValueError(
+            f"{config.model_type}: this model has attention of its own in place of transformers' "
+            "attention interface, so attn_implementation='triton' cannot reach it; use "
+            "attn_implementation='eager', or 'swathe', which leaves it to the model"
+        )
+    return True
 
 
 def _has_own_attention(configuration: str) -> bool:
