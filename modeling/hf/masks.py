@@ -47,6 +47,8 @@ _ON_MASKS = {
     "heavily_compressed_attention",
     "minimax_m3_sparse",
 }
+# models where more than the attention interface takes the mask: a router; attention of their own
+_ALSO_ON_MASKS = {"nllb-moe", "bigbird_pegasus"}
 
 
 def interval_mask(
@@ -313,7 +315,8 @@ def _works_on_masks(config: Any) -> bool:
     if config is None:
         return False
     if not _has_own_attention(type(config).__module__):
-        return not _ON_MASKS.isdisjoint(getattr(config, "layer_types", None) or ())
+        kinds = getattr(config, "layer_types", None) or ()
+        return config.model_type in _ALSO_ON_MASKS or not _ON_MASKS.isdisjoint(kinds)
     if config._attn_implementation == "triton":
         raise ValueError(
             f"{config.model_type}: this model has attention of its own in place of transformers' "
