@@ -1,5 +1,30 @@
 """swathe together with transformers; needs transformers 5.10 or newer (modeling/hf)."""
 
-from swathe.modeling.hf import from_hf, generate, to_hf, with_generate, without_generate
+from __future__ import annotations
 
-__all__ = ["from_hf", "generate", "to_hf", "with_generate", "without_generate"]
+from typing import TYPE_CHECKING, Any
+
+from swathe.modeling import hf
+
+if TYPE_CHECKING:
+    from swathe.modeling.hf import (
+        attention_options,
+        from_hf,
+        generate,
+        to_hf,
+        with_generate,
+        without_generate,
+    )
+
+__all__ = [
+    "attention_options",
+    "from_hf",
+    "generate",
+    "to_hf",
+    "with_generate",
+    "without_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(hf, name)  # imported when it is asked for

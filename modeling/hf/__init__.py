@@ -5,8 +5,11 @@
     generate(model, ids)      our decoding loop for models of either kind
     from_hf(model)            our model over the weights of one of transformers'
     to_hf(model)              transformers' model over the weights of one of ours
+    attention_options(...)    what attn_implementation="swathe" and "triton" do where they cannot
+                              serve; importing this package makes both names known to transformers
 
-Importing this package needs transformers 5.10 or newer, and says so where that is missing.
+Importing this package needs transformers 5.10 or newer, and says so where that is missing; it does
+not wait for the import of transformers' model code.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from swathe.modeling.hf.installed import require
+from swathe.modeling.hf.registration import register
 
 if TYPE_CHECKING:
+    from swathe.modeling.hf.attention import attention_options
     from swathe.modeling.hf.decode import generate
     from swathe.modeling.hf.generate import with_generate, without_generate
     from swathe.modeling.hf.share import from_hf, to_hf
@@ -25,13 +30,22 @@ _HOME = {
     "from_hf": "share",
     "generate": "decode",
     "to_hf": "share",
+    "attention_options": "attention",
     "with_generate": "generate",
     "without_generate": "generate",
 }
 
-__all__ = ["from_hf", "generate", "to_hf", "with_generate", "without_generate"]
+__all__ = [
+    "attention_options",
+    "from_hf",
+    "generate",
+    "to_hf",
+    "with_generate",
+    "without_generate",
+]
 
 require()
+register()
 
 
 def __getattr__(name: str) -> Any:
