@@ -170,6 +170,8 @@ def _neg(args: Arguments, kwargs: Named) -> Expression:
 
 def _mean(args: Arguments, kwargs: Named) -> Expression | None:
     given = dict(zip(("input", "dim", "keepdim"), args, strict=False)) | dict(kwargs)
+    if "axis" in given:
+        given["dim"] = given.pop("axis")
     known = set(given) == {"input", "dim", "keepdim"} and given["keepdim"] is True
     return mean(given["input"]) if known and given["dim"] in _LAST else None
 
