@@ -18,14 +18,18 @@ from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
-from swathe.modeling.hf.patching import mlps, norms
+from swathe.modeling.hf.patching import losses, mlps, norms
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo
 from swathe.modeling.model import PreTrainedModel
 
 # a form that contains another (a layer its norms) comes after it
-FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (norms.find, mlps.find)
+FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
+    norms.find,
+    mlps.find,
+    losses.find,
+)
 
 _KEPT = "_swathe_patch"
 # a proof holds for every module with the same key, of this model or another
@@ -155,7 +159,7 @@ def _validate(model: object, options: Options) -> None:
             f"{type(model).__name__} is a model of swathe, which runs its kernels already; choose "
             "them with kernels=... or set_kernels"
         )
-    ops = ("rms_norm", "layer_norm", "gated_mlp_act")
+    ops = ("rms_norm", "layer_norm", "gated_mlp_act", losses.LAZY, losses.REAL)
     known = {name for op in ops for name in registered(op)} | {AUTO}
     if options.backend not in known:
         raise ValueError(
