@@ -84,7 +84,7 @@ def patch(
         backend=backend,
     )
     _validate(model, options)
-    held = _holders(model)
+    held = holders(model)
     if held:
         note = "it was patched already and stays as it is; unpatch it to patch it otherwise"
         return replace(vars(held[0])[_KEPT].report, note=note)
@@ -107,7 +107,7 @@ def unpatch(model: nn.Module) -> None:
     A model that is not patched stays as it is. Raises RuntimeError, before anything changes, where
     something else changed a module's class after the patch, as FSDP2 does.
     """
-    for holder in _holders(model):
+    for holder in holders(model):
         vars(holder)[_KEPT].undo.restore()
         del vars(holder)[_KEPT]
 
@@ -129,7 +129,7 @@ def patched(
 
     A model that was patched before stays patched after.
     """
-    before = _holders(model)
+    before = holders(model)
     yield_report = patch(
         model,
         rms_norm=rms_norm,
@@ -168,9 +168,15 @@ def _validate(model: object, options: Options) -> None:
         )
 
 
-def _holders(model: nn.Module) -> list[nn.Module]:
+def holders(model: nn.Module) -> list[nn.Module]:
     """The modules that `patch` was called on: the model, or one that it wraps or holds."""
     return [module for module in model.modules() if _KEPT in vars(module)]
+
+
+def ledger(holder: nn.Module) -> Undo:
+    """What `patch` changed on a model that `holders` found."""
+    undo: Undo = vars(holder)[_KEPT].undo
+    return undo
 
 
 def _settle(candidate: Candidate, undo: Undo) -> Row:
