@@ -50,7 +50,9 @@ def compare_values(measured: Measured) -> list[Check]:
     ours, theirs = measured.ours.outputs, measured.theirs.outputs
     checks = [_output(name, measured) for name in theirs]
     checks += [
-        Check("output", name, failure="the reference has none") for name in ours if name not in theirs
+        Check("output", name, failure="the reference has none")
+        for name in ours
+        if name not in theirs
     ]
     return [*checks, _loss(measured)]
 

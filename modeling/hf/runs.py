@@ -115,9 +115,7 @@ def _wide(model: nn.Module, batch: Batch, names: list[str], dtype: torch.dtype) 
         wide = t.detach().to(dtype, copy=True) if t.is_floating_point() else t.detach().clone()
         state[name] = wide.requires_grad_(name in trained)
     arguments = {
-        name: value.to(dtype)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in batch.arguments.items()
     }
     device = next(model.parameters()).device.type

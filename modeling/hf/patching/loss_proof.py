@@ -8,7 +8,7 @@ covers what the forward does to logits before the loss.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from math import inf
@@ -19,39 +19,51 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from swathe.modeling.hf.patching.losses import FLAG, CausalLMLoss, lazy_class
+from swathe.modeling.hf.patching.causal_loss import FLAG, CausalLMLoss, lazy_class
+from swathe.modeling.hf.patching.lazy_logits import LazyLogits
 from swathe.modeling.hf.patching.prove import Call, prove
 from swathe.modeling.hf.patching.report import Proof
 
 # sizes and number of calls of a proof, and how large a part of the model may be that comes along
-B, T, V, _CALLS = 2, 6, 96, 12
+B, T, V, _CALLS = 1, 4, 96, 9
 _SMALL = 2**20
 _LOGITS = (1.0, 8.0, 0.1)  # sizes of logits: usual ones, those that a softcap bends, small ones
-_NEEDED = "its forward needs the logits themselves"
+
+
+_proofs: dict[Hashable, Proof] = {}
 
 
 def prove_loss(model: PreTrainedModel, head: str, *, lazy: bool, backend: str) -> Proof:
     """Loss and gradients of hidden states and head, beside the model's own; never raises.
 
     `head` is the name of its output embeddings. With `lazy`, a forward that makes the logits real
-    before the loss fails.
+    before the loss fails. A proof holds for every model with the same class and numbers.
     """
     body = model.base_model_prefix
     linear: Any = model.get_submodule(head) if head else None
-    if model.base_model is model or not isinstance(getattr(linear, "weight", None), Tensor):
+    weight = getattr(linear, "weight", None)
+    if model.base_model is model or not isinstance(weight, Tensor):
         return Proof(inf, "", "its body and head cannot be told apart")
-    V_probe = min(V, model.config.get_text_config().vocab_size)
-    where = {"device": linear.weight.device}
-    dtype = linear.weight.dtype if linear.weight.is_floating_point() else model.dtype
-    K = getattr(linear, "in_features", linear.weight.shape[-1])
-    small = nn.Linear(K, V_probe, bias=getattr(linear, "bias", None) is not None, **where)
-    probe = _Probe(_light(model, {head: small.to(dtype), body: _Noise(K, dtype, **where)}, V_probe))
-    loss = _Counted(backend, lazy=lazy)
+    K = getattr(linear, "in_features", weight.shape[-1])
+    bias = getattr(linear, "bias", None) is not None
+    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    key = (_numbers(model), head, K, bias, dtype, weight.device, lazy, backend)
+    if key not in _proofs:
+        classes = min(V, model.config.get_text_config().vocab_size)
+        where: dict[str, Any] = {"dtype": dtype, "device": weight.device}
+        parts = {head: nn.Linear(K, classes, bias=bias, **where), body: _Noise(K, **where)}
+        light = _light(model, parts, classes)
+        _proofs[key] = _proven(_Probe(light), head, classes, CausalLMLoss(backend, lazy=lazy))
+    return _proofs[key]
+
+
+def _proven(probe: _Probe, head: str, classes: int, loss: CausalLMLoss) -> Proof:
+    counted = _Counted(loss)
 
     def fused(self: Any, labels: Tensor, size: float) -> Tensor:
         part: Any = self.model.get_submodule(head)
-        self.model._loss_function = loss
-        if lazy:
+        self.model._loss_function = counted
+        if loss.lazy:
             part.__class__ = lazy_class(nn.Linear)
             setattr(part, FLAG, True)
         try:
@@ -60,9 +72,17 @@ def prove_loss(model: PreTrainedModel, head: str, *, lazy: bool, backend: str) -
             del self.model._loss_function
             part.__class__ = nn.Linear
 
-    calls = islice(_calls(V_probe, linear.weight.device), _CALLS)
-    proof = prove(probe, fused, calls)
-    return Proof(inf, "", _NEEDED) if lazy and loss.owned else proof
+    device = probe.model.get_submodule(head).weight.device
+    proof = prove(probe, fused, islice(_calls(classes, device), _CALLS))
+    if loss.lazy and counted.real:
+        return Proof(inf, "", "its forward needs the logits themselves")
+    return proof
+
+
+def _numbers(model: PreTrainedModel) -> Hashable:
+    """Class, configuration, and what else a forward may read."""
+    own = {k: v for k, v in vars(model).items() if isinstance(v, int | float) and k != "training"}
+    return type(model), model.config.to_json_string(use_diff=False), tuple(sorted(own.items()))
 
 
 def _calls(classes: int, device: torch.device) -> Iterator[Call]:
@@ -73,14 +93,15 @@ def _calls(classes: int, device: torch.device) -> Iterator[Call]:
         yield Call((labels.to(device), _LOGITS[i % len(_LOGITS)]))
 
 
-class _Counted(CausalLMLoss):
-    """Knows whether transformers' loss was asked instead."""
+class _Counted:
+    """A loss that knows whether it was ever given real logits."""
 
-    owned = False
+    def __init__(self, loss: CausalLMLoss) -> None:
+        self.loss, self.real = loss, False
 
-    def own(self, **arguments: Any) -> Tensor:
-        self.owned = True
-        return super().own(**arguments)
+    def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.real |= not isinstance(logits, LazyLogits) or logits.tensor is not None
+        return self.loss(logits, *args, **kwargs)
 
 
 @dataclass
