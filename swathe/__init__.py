@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
     from swathe.modeling.hf.decode import generate
+    from swathe.modeling.hf.patching.api import patch, unpatch
+    from swathe.modeling.hf.patching.patch import patched
+    from swathe.modeling.hf.verify import verify
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
@@ -96,6 +99,8 @@ _HOME = {
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
     "memory_estimate": "swathe.modeling.memory",
+    "patch": "swathe.modeling.hf.patching.api",
+    "patched": "swathe.modeling.hf.patching.patch",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
@@ -105,7 +110,9 @@ _HOME = {
     "rms_norm": "swathe.kernels.norm.api",
     "rotary": "swathe.kernels.rotary.api",
     "swiglu": "swathe.kernels.gated_mlp_act.api",
+    "unpatch": "swathe.modeling.hf.patching.api",
     "use_tuned": "swathe.kernels.tuner",
+    "verify": "swathe.modeling.hf.verify",
     "warmup": "swathe.modeling.warmup",
 }
 
@@ -148,6 +155,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "memory_estimate",
+    "patch",
+    "patched",
     "qk_norm_rotary",
     "register_attention",
     "register_backend",
@@ -157,7 +166,9 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "unpatch",
     "use_tuned",
+    "verify",
     "warmup",
 ]
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
         attention_options,
         from_hf,
         generate,
+        patch,
+        patched,
         to_hf,
+        unpatch,
+        verify,
         with_generate,
         without_generate,
     )
@@ -20,7 +24,11 @@ __all__ = [
     "attention_options",
     "from_hf",
     "generate",
+    "patch",
+    "patched",
     "to_hf",
+    "unpatch",
+    "verify",
     "with_generate",
     "without_generate",
 ]

@@ -7,6 +7,8 @@
     to_hf(model)              transformers' model over the weights of one of ours
     attention_options(...)    what attn_implementation="swathe" and "triton" do where they cannot
                               serve; importing this package makes both names known to transformers
+    patch(model)              one of transformers' models on our kernels, in place; unpatch, patched
+    verify(model, batch)      whether a patched model still is the model that it was
 
 Importing this package needs transformers 5.10 or newer, and says so where that is missing; it does
 not wait for the import of transformers' model code.
@@ -24,13 +26,20 @@ if TYPE_CHECKING:
     from swathe.modeling.hf.attention import attention_options
     from swathe.modeling.hf.decode import generate
     from swathe.modeling.hf.generate import with_generate, without_generate
+    from swathe.modeling.hf.patching.api import patch, unpatch
+    from swathe.modeling.hf.patching.patch import patched
     from swathe.modeling.hf.share import from_hf, to_hf
+    from swathe.modeling.hf.verify import verify
 
 _HOME = {
+    "attention_options": "attention",
     "from_hf": "share",
     "generate": "decode",
+    "patch": "patching.api",
+    "patched": "patching.patch",
     "to_hf": "share",
-    "attention_options": "attention",
+    "unpatch": "patching.api",
+    "verify": "verify",
     "with_generate": "generate",
     "without_generate": "generate",
 }
@@ -39,7 +48,11 @@ __all__ = [
     "attention_options",
     "from_hf",
     "generate",
+    "patch",
+    "patched",
     "to_hf",
+    "unpatch",
+    "verify",
     "with_generate",
     "without_generate",
 ]
