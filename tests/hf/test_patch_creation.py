@@ -1,4 +1,4 @@
-"""Models patched as they are made: patch("llama"), patch(all=True), swathe.auto, python -m swathe run."""
+"""Models patched as they are made: patch("llama"), patch(all=True), swathe.auto, the command `run`."""
 
 from __future__ import annotations
 
