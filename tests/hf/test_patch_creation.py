@@ -1,4 +1,4 @@
-"""Models patched as they are made: patch("llama"), patch(all=True), swathe.auto, the command `run`."""
+"""Models patched as they are made: of a type, all of them, by swathe.auto, by the command `run`."""
 
 from __future__ import annotations
 
