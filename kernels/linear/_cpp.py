@@ -70,7 +70,7 @@ def _served(
 ) -> bool:
     """Whether C++ computes this call."""
     full = [w for w, s in zip(weights, scales, strict=True) if s is None]
-    if M == 0 or len(weights) > MAX_WEIGHTS or (full and M > MAX_ROWS[x.dtype]):
+    if M == 0 or len(weights) > MAX_WEIGHTS or (full and MAX_ROWS[x.dtype] < M):
         return False
     like = [x, *full, *(b for b in biases if b is not None)]
     tensors = (*like, *weights, *(s for s in scales if s is not None))
