@@ -23,8 +23,9 @@ PROBES = {"narrow": Shape("probe_narrow", 3, 1000), "wide": Shape("probe_wide", 
 
 
 def draw(shape: Shape, dtype: torch.dtype, form: str, device: str, seed: int) -> Problem:
-    """A tenth of the labels ignored; "capped" has Gemma2's cap."""
-    return random(shape, dtype, seed=seed, device=device, ignored=0.1, **FORMS[form])
+    """A tenth of many labels ignored; "capped" has Gemma2's cap."""
+    ignored = 0.1 if shape.M > 1 else 0.0  # the mean of no labels is NaN
+    return random(shape, dtype, seed=seed, device=device, ignored=ignored, **FORMS[form])
 
 
 def torch_own(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
