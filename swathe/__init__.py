@@ -172,10 +172,14 @@ __all__ = [
     "warmup",
 ]
 
+_NEED_TRANSFORMERS = ("patch", "patched", "unpatch")
+
 
 def __getattr__(name: str) -> Any:
     if name == "hf":  # not in __all__: a star import shall not need transformers
         return import_module("swathe.hf")
+    if name in _NEED_TRANSFORMERS:
+        return getattr(import_module("swathe.hf"), name)
     home = _HOME.get(name)
     if home is None and name[:1].isupper():
         families = import_module("swathe.modeling.families")
@@ -191,4 +195,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NEED_TRANSFORMERS})
