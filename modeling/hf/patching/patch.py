@@ -18,14 +18,20 @@ from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
-from swathe.modeling.hf.patching import mlps, norms
+from swathe.modeling.hf.patching import layers, mlps, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo
 from swathe.modeling.model import PreTrainedModel
 
 # a form that contains another (a layer its norms) comes after it
-FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (norms.find, mlps.find)
+FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
+    norms.find,
+    mlps.find,
+    qk_norms.find,
+    rotations.find,
+    layers.find,
+)
 
 _KEPT = "_swathe_patch"
 # a proof holds for every module with the same key, of this model or another
