@@ -4,6 +4,8 @@
     without_generate(model)   takes it away again
     from_hf(model)            our model over the weights of one of transformers'
     to_hf(model)              transformers' model over the weights of one of ours
+    patch(model)              puts a model of transformers on our kernels, in place
+    unpatch(model)            undoes that; `with patched(model)` does both
 
 Importing this package needs transformers 5.10 or newer, and says so where that is missing.
 """
@@ -17,16 +19,28 @@ from swathe.modeling.hf.installed import require
 
 if TYPE_CHECKING:
     from swathe.modeling.hf.generate import with_generate, without_generate
+    from swathe.modeling.hf.patching.patch import patch, patched, unpatch
     from swathe.modeling.hf.share import from_hf, to_hf
 
 _HOME = {
     "from_hf": "share",
+    "patch": "patching.patch",
+    "patched": "patching.patch",
     "to_hf": "share",
+    "unpatch": "patching.patch",
     "with_generate": "generate",
     "without_generate": "generate",
 }
 
-__all__ = ["from_hf", "to_hf", "with_generate", "without_generate"]
+__all__ = [
+    "from_hf",
+    "patch",
+    "patched",
+    "to_hf",
+    "unpatch",
+    "with_generate",
+    "without_generate",
+]
 
 require()
 
