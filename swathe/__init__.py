@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
     from swathe.modeling.hf.patching.patch import patch, patched, unpatch
+    from swathe.modeling.hf.verify import verify as verify
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
@@ -159,7 +160,7 @@ __all__ = [
     "warmup",
 ]
 
-_NEED_TRANSFORMERS = ("patch", "patched", "unpatch")
+_NEED_TRANSFORMERS = ("patch", "patched", "unpatch", "verify")
 
 
 def __getattr__(name: str) -> Any:

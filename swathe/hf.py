@@ -9,6 +9,7 @@ from swathe.modeling.hf import (
     with_generate,
     without_generate,
 )
+from swathe.modeling.hf.verify import verify
 
 __all__ = [
     "from_hf",
@@ -16,6 +17,7 @@ __all__ = [
     "patched",
     "to_hf",
     "unpatch",
+    "verify",
     "with_generate",
     "without_generate",
 ]

@@ -6,6 +6,7 @@
     to_hf(model)              transformers' model over the weights of one of ours
     patch(model)              puts a model of transformers on our kernels, in place
     unpatch(model)            undoes that; `with patched(model)` does both
+    verify.verify(model, ..)  compares a model with what it was, or with another
 
 Importing this package needs transformers 5.10 or newer, and says so where that is missing.
 """
