@@ -172,7 +172,7 @@ __all__ = [
     "warmup",
 ]
 
-_NEED_TRANSFORMERS = ("patch", "patched", "unpatch")
+_NEED_TRANSFORMERS = ("patch", "patched", "unpatch", "verify")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import swathe
 from support.tiny_causal import TINY, batch, tiny, with_lora
-from swathe.hf import from_hf
-from swathe.modeling.hf.patching.patch import patch
+from swathe.hf import from_hf, patch, unpatch, verify
 from swathe.modeling.hf.verification import Verification, VerificationError
-from swathe.modeling.hf.verify import verify
 
 
 def padded() -> dict[str, Tensor]:
@@ -87,8 +87,9 @@ def test_the_model_is_left_as_it_was() -> None:
     for p, (grad, value) in zip(model.parameters(), grads, strict=True):
         assert p.grad is grad and (grad is None or torch.equal(grad, value))
     assert list(model.modules()) == modules
+    assert swathe.verify is verify
     assert patch(model).note.startswith("it was patched already")
-    swathe.hf.unpatch(model)
+    unpatch(model)
     assert type(model.model.norm) is transformers.models.llama.modeling_llama.LlamaRMSNorm
 
 
@@ -105,7 +106,7 @@ def test_a_table_worst_first_and_json() -> None:
     made = json.loads(found.to_json())
     assert made["ok"] is False and made["schema"] == 1
     assert made["checks"][0]["name"] == "logits" and made["checks"][0]["ratio"] > 4
-    with pytest.raises(VerificationError, match="gradient model.embed_tokens.weight"):
+    with pytest.raises(VerificationError, match=r"gradient model\.embed_tokens\.weight"):
         found.raise_for_errors()
 
 
@@ -157,8 +158,8 @@ def test_an_adapter_that_was_bypassed() -> None:
     assert verify(model, padded()).ok
 
 
-def test_a_mask_that_was_ignored() -> None:
-    model, reference = twins()
+def blinded(model: Any) -> Any:
+    """Positions still follow the mask, but hidden tokens are attended to."""
     own = type(model.model).forward
 
     def blind(input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -166,12 +167,52 @@ def test_a_mask_that_was_ignored() -> None:
         return own(model.model, input_ids, None, **{**kwargs, "position_ids": positions})
 
     model.model.forward = blind
-    found = failed(verify(model, padded(), reference=reference))
+    return model
+
+
+def test_a_mask_that_was_ignored() -> None:
+    model, reference = twins()
+    found = failed(verify(blinded(model), padded(), reference=reference))
     assert "the mask is ignored" in found["padding logits"]
     # both ignore it: nobody's fault, but worth saying
-    reference.model.forward = lambda *args, **kwargs: blind(*args, **kwargs)
-    seen = verify(model, padded(), reference=reference)
+    seen = verify(model, padded(), reference=blinded(reference))
     assert seen.ok and "logits: padding moves real tokens in the reference too" in seen.notes
+
+
+def test_attention_of_ours_is_compared_with_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wrong(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return own(module, q, k, v, None, **kwargs, is_causal=True)
+
+    for attention, ok in ((own, True), (wrong, False)):
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "swathe", attention)
+        model = tiny("llama")
+        masks = AttentionMaskInterface._global_mapping
+        monkeypatch.setitem(masks, "swathe", masks["sdpa"])
+        model.config._attn_implementation_internal = "swathe"
+        found = verify(model, padded())
+        assert found.ok is ok, str(found)
+        assert found.reference == "the same LlamaForCausalLM with attn_implementation 'eager'"
+        assert model.config._attn_implementation == "swathe"
+    assert "the mask is ignored" in failed(found)["padding logits"]
+
+
+def test_a_reference_that_does_not_run_in_fp64() -> None:
+    def narrow(module: Any, args: Any) -> None:
+        if args[0].dtype == torch.float64:
+            raise RuntimeError("not in double")
+
+    model, reference = twins(dtype=torch.bfloat16)
+    reference.lm_head.register_forward_pre_hook(narrow)
+    found = verify(model, padded(), reference=reference)
+    assert found.ok and found.yardstick == "the reference in float32"
+    altered(model.model.layers[0].mlp, lambda y: 1.2 * y)
+    assert not verify(model, padded(), reference=reference).ok
+    model, reference = twins()
+    reference.lm_head.register_forward_pre_hook(narrow)
+    with pytest.raises(RuntimeError, match=r"in a wider dtype.*float64: not in double"):
+        verify(model, padded(), reference=reference)
 
 
 def test_what_stands_at_padding_does_not_matter() -> None:
@@ -199,9 +240,7 @@ def test_outputs_of_another_kind() -> None:
     model, reference = twins(dtype=torch.bfloat16)
     altered(model.lm_head, lambda y: y.float())
     found = failed(verify(model, batch(), reference=reference))
-    assert found["output logits"] == (
-        "is float32 (2, 9, 64), the reference's bfloat16 (2, 9, 64)"
-    )
+    assert found["output logits"] == ("is float32 (2, 9, 64), the reference's bfloat16 (2, 9, 64)")
     model, reference = twins()
     own = model.forward
     model.forward = lambda **kwargs: transformers.utils.ModelOutput(loss=own(**kwargs).loss)
@@ -271,7 +310,7 @@ def test_encoders() -> None:
     assert found.ok and [c for c in found.checks if c.kind == "padding"], str(found)
     own = model.bert.encoder.layer[0].attention.self.value
     altered(own, lambda y: y * 1.001)
-    assert "loss loss" in failed(verify(model, padded(), reference=reference))
+    assert "output logits" in failed(verify(model, padded(), reference=reference))
 
 
 def test_what_cannot_be_verified() -> None:
@@ -295,11 +334,9 @@ def test_what_cannot_be_verified() -> None:
     for given, arguments, options, error, text in cases:
         with pytest.raises(error, match=text):
             verify(given, arguments, **options)
-    bert = transformers.BertForMaskedLM(
-        transformers.BertConfig(**{**TINY, "num_hidden_layers": 1})
-    )
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**{**TINY, "num_hidden_layers": 1}))
     bert.forward = lambda input_ids, labels: None  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="no argument 'label_ids'; did you mean 'labels'"):
+    with pytest.raises(ValueError, match=r"no argument 'label_ids' \(did you mean 'labels'"):
         verify(bert, {"input_ids": inputs["input_ids"], "label_ids": 0})
     with pytest.raises(ValueError, match="gave no loss for this batch"):
         verify(bert, inputs, reference=copy.deepcopy(bert))
