@@ -95,12 +95,9 @@ _HOME = {
     "explain": "swathe.kernels.catalog",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
     "geglu": "swathe.kernels.gated_mlp_act.api",
-    "generate": "swathe.modeling.hf.decode",
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
     "memory_estimate": "swathe.modeling.memory",
-    "patch": "swathe.modeling.hf.patching.api",
-    "patched": "swathe.modeling.hf.patching.patch",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
@@ -110,9 +107,7 @@ _HOME = {
     "rms_norm": "swathe.kernels.norm.api",
     "rotary": "swathe.kernels.rotary.api",
     "swiglu": "swathe.kernels.gated_mlp_act.api",
-    "unpatch": "swathe.modeling.hf.patching.api",
     "use_tuned": "swathe.kernels.tuner",
-    "verify": "swathe.modeling.hf.verify",
     "warmup": "swathe.modeling.warmup",
 }
 
@@ -151,12 +146,9 @@ __all__ = [
     "explain",
     "gated_mlp_act",
     "geglu",
-    "generate",
     "layer_norm",
     "linear_cross_entropy",
     "memory_estimate",
-    "patch",
-    "patched",
     "qk_norm_rotary",
     "register_attention",
     "register_backend",
@@ -166,17 +158,16 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
-    "unpatch",
     "use_tuned",
-    "verify",
     "warmup",
 ]
 
-_NEED_TRANSFORMERS = ("patch", "patched", "unpatch", "verify")
+# not in __all__: a star import shall not need transformers
+_NEED_TRANSFORMERS = ("generate", "patch", "patched", "unpatch", "verify")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":  # not in __all__: a star import shall not need transformers
+    if name == "hf":
         return import_module("swathe.hf")
     if name in _NEED_TRANSFORMERS:
         return getattr(import_module("swathe.hf"), name)
