@@ -87,11 +87,9 @@ class GenerationMixin:
         `repetition_penalty` counts the prompt, not its padding. With do_sample=True apply
         `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
         `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
-        `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
-        which grows, or "static", with its room at once and steps that `cuda_graph` "auto" captures
-        and replays where it can, see graph.py; True raises where it cannot. `weights` "int8" rounds
-        every projection's weight to a byte, on a CPU: other tokens, about half the time of a 16-bit
-        model's step, and 0.5 of its memory besides until `forget_int8`, see int8.py.
+        `streamer` gets the prompt, then each step's tokens. `cache_implementation` "static" has its
+        room at once, and steps that `cuda_graph` captures, see graph.py. `weights` "int8" rounds
+        each projection's to a byte, on a CPU: other tokens in less time, see int8.py.
 
         Raises TypeError for unknown options and wrong types, ValueError for values out of range.
         """
@@ -108,8 +106,8 @@ class GenerationMixin:
         penalty, early = check_penalty(repetition_penalty), min_new_tokens > 0
         model = with_weights(self, weights)
         policy = Policy(drawn, penalty, special.ends, special.pad, stop is not None, early)
-        room, cache = T + new, cache_implementation
-        with decoding(model, policy, prompt, room, generator, cache, graph) as (step, go):
+        made = decoding(model, policy, prompt, T + new, generator, cache_implementation, graph)
+        with made as (step, go):
             step.start(prompt, min_new_tokens)
             sequences = _Run(model, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences
