@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from support.families import tokens
-from support.hf_attention import attention_of, distance, example, made, padding
+from support.hf_attention import NEWER, attention_of, distance, example, made, padding
 from support.mutants import Mutant, planted
 from swathe.modeling.hf import attention, masks
 
@@ -139,6 +139,13 @@ ATTENTION: dict[str, tuple[Mutant, Check]] = {
 }
 
 
+_NEEDS_NEWER = {"documents' places taken for the row's", "position bias dropped"}
+every_bug = [
+    pytest.param(bug, marks=pytest.mark.skipif(bug in _NEEDS_NEWER and not NEWER, reason="5.10"))
+    for bug in (*MASKS, *ATTENTION)
+]
+
+
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is imported under the modules' names now serves transformers."""
     import swathe.modeling.hf.attention as serving
@@ -149,18 +156,11 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "swathe", mask)
 
 
-@pytest.mark.parametrize("bug", MASKS)
-def test_bugs_in_masks(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutant, check = MASKS[bug]
-    with planted(masks, mutant, tmp_path, users=(attention,)):
-        register(monkeypatch)
-        assert check() is not None
-
-
-@pytest.mark.parametrize("bug", ATTENTION)
-def test_bugs_in_attention(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mutant, check = ATTENTION[bug]
-    with planted(attention, mutant, tmp_path):
+@pytest.mark.parametrize("bug", every_bug)
+def test_bugs_are_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, users = (masks, (attention,)) if bug in MASKS else (attention, ())
+    mutant, check = {**MASKS, **ATTENTION}[bug]
+    with planted(source, mutant, tmp_path, users=users):
         register(monkeypatch)
         assert check() is not None
 

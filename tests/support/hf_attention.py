@@ -17,6 +17,8 @@ import swathe.hf
 from support.families import FAMILIES, TINY, WINDOWED, tokens
 
 assert {"swathe", "triton"} <= set(AttentionInterface().valid_keys()), swathe.hf
+# transformers 5.10 has neither places within packed documents nor T5 on its interface
+NEWER = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 EXACT = "exact"  # attention as the formula has it, in the dtype of its inputs
 
 SMALL: dict[str, Any] = {"vocab_size": 99, "max_position_embeddings": 64}
