@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from support.tiny_causal import OWN, TINY, V, batch, step, tiny, with_lora
 from swathe.modeling.hf.patching.lazy_logits import LazyLogits
@@ -226,14 +227,14 @@ def test_hooks_of_the_head_see_logits(when: str) -> None:
 
 def test_a_forward_that_needs_the_logits_keeps_them() -> None:
     class Penalised(transformers.LlamaForCausalLM):
-        def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        def forward(  # type: ignore[override]
+            self, input_ids: Any = None, labels: Any = None, **kwargs: Any
+        ) -> Any:
             output = self.model(input_ids)
             logits = self.lm_head(output.last_hidden_state)
             penalty = logits.logsumexp(-1).square().mean()
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            return transformers.modeling_outputs.CausalLMOutputWithPast(
-                loss=loss + 0.1 * penalty, logits=logits
-            )
+            return CausalLMOutputWithPast(loss=loss + 0.1 * penalty, logits=logits)
 
     torch.manual_seed(0)
     model = Penalised(transformers.LlamaConfig(**TINY)).train()
@@ -273,7 +274,7 @@ def models_left_alone() -> Iterator[tuple[Any, str]]:
     custom = tiny("llama")
     custom.loss_function = lambda logits, labels, **_: logits.mean()
     yield custom, "its loss is <lambda>, not transformers' ForCausalLMLoss"
-    bert = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    bert: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     config = transformers.BertConfig(**bert, num_attention_heads=4, vocab_size=V)
     yield transformers.BertForMaskedLM(config), "does not call self.loss_function"
     sized = transformers.T5Config(vocab_size=V, d_model=32, d_ff=48, num_layers=1, num_heads=4)

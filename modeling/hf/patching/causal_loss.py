@@ -108,11 +108,12 @@ class CausalLMLoss:
             targets = shifted(REAL, labels, ignore_index)
         if targets is None or not self._serves(logits, targets, vocab_size, num_items_in_batch):
             own = logits.real() if isinstance(logits, LazyLogits) else logits
+            given: Any = num_items_in_batch
             return ForCausalLMLoss(
                 logits=own,
                 labels=labels,
                 vocab_size=vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=given,
                 ignore_index=ignore_index,
                 shift_labels=shift_labels,
                 **kwargs,
