@@ -18,7 +18,7 @@ from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
-from swathe.modeling.hf.patching import losses, mlps, norms
+from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo
@@ -28,6 +28,9 @@ from swathe.modeling.model import PreTrainedModel
 FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
     norms.find,
     mlps.find,
+    qk_norms.find,
+    rotations.find,
+    layers.find,
     losses.find,
 )
 
