@@ -345,6 +345,39 @@ def test_under_forwards_that_others_have_put_there() -> None:
     torch.testing.assert_close(wrapped(**batch()).loss, expected, atol=2e-6, rtol=0)
 
 
+def test_replicas_of_data_parallel_run_their_own_forward() -> None:
+    model = tiny("llama")
+    loss_only(model)
+    replica: Any = model._replicate_for_data_parallel()
+    replica.model, replica.lm_head = model.model, model.lm_head
+    assert type(replica(**batch()).logits) is Tensor
+    assert isinstance(model(**batch()).logits, LazyLogits)
+    unpatch(model)
+    assert "_replicate_for_data_parallel" not in vars(model)
+
+
+def test_a_head_behind_a_norm_that_is_patched_too() -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=V,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    loss, own = step(model)
+    report = patch(model, backend="cpp", cross_entropy=True)
+    assert outcome(report)[REAL] == "patched" and len(report.patched) > 1, report
+    ours, grads = step(model)
+    torch.testing.assert_close(ours, loss, atol=2e-6, rtol=0)
+    torch.testing.assert_close(grads, own, atol=1e-5, rtol=1e-4)
+
+
 def test_autocast() -> None:
     model = tiny("llama")
     with torch.autocast("cpu", torch.bfloat16):

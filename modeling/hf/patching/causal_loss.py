@@ -71,6 +71,13 @@ class LazyForward:
         finally:
             setattr(head, FLAG, False)
 
+    def replica(self) -> nn.Module:
+        """What nn.DataParallel runs: without this forward, which is bound to the one model."""
+        made: nn.Module = nn.Module._replicate_for_data_parallel(self.model)
+        if self.own is None:
+            vars(made).pop("forward")
+        return made
+
     def _own(self, args: Any, kwargs: Any) -> Any:
         if self.own is None:
             return type(self.model).forward(self.model, *args, **kwargs)
