@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from swathe.modeling.hf.patching.patch import patch as patch
     from swathe.modeling.hf.patching.patch import patched as patched
     from swathe.modeling.hf.patching.patch import unpatch as unpatch
-    from swathe.modeling.hf.verify import verify as verify
+    from swathe.modeling.hf.equivalence import verify as verify
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport

@@ -6,10 +6,10 @@ from swathe.modeling.hf import (
     patched,
     to_hf,
     unpatch,
+    verify,
     with_generate,
     without_generate,
 )
-from swathe.modeling.hf.verify import verify
 
 __all__ = [
     "from_hf",

@@ -6,7 +6,7 @@
     to_hf(model)              transformers' model over the weights of one of ours
     patch(model)              puts a model of transformers on our kernels, in place
     unpatch(model)            undoes that; `with patched(model)` does both
-    verify.verify(model, ..)  compares a model with what it was, or with another
+    verify(model, batch)      compares a model with what it was, or with another
 
 Importing this package needs transformers 5.10 or newer, and says so where that is missing.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from swathe.modeling.hf.installed import require
 
 if TYPE_CHECKING:
+    from swathe.modeling.hf.equivalence import verify
     from swathe.modeling.hf.generate import with_generate, without_generate
     from swathe.modeling.hf.patching.patch import patch, patched, unpatch
     from swathe.modeling.hf.share import from_hf, to_hf
@@ -29,6 +30,7 @@ _HOME = {
     "patched": "patching.patch",
     "to_hf": "share",
     "unpatch": "patching.patch",
+    "verify": "equivalence",
     "with_generate": "generate",
     "without_generate": "generate",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "patched",
     "to_hf",
     "unpatch",
+    "verify",
     "with_generate",
     "without_generate",
 ]
