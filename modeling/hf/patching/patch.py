@@ -18,7 +18,7 @@ from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
-from swathe.modeling.hf.patching import layers, mlps, norms, qk_norms, rotations
+from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo
@@ -31,6 +31,7 @@ FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
     qk_norms.find,
     rotations.find,
     layers.find,
+    losses.find,
 )
 
 _KEPT = "_swathe_patch"
@@ -86,7 +87,7 @@ def patch(
         backend=backend,
     )
     _validate(model, options)
-    held = _holders(model)
+    held = holders(model)
     if held:
         note = "it was patched already and stays as it is; unpatch it to patch it otherwise"
         return replace(vars(held[0])[_KEPT].report, note=note)
@@ -109,7 +110,7 @@ def unpatch(model: nn.Module) -> None:
     A model that is not patched stays as it is. Raises RuntimeError, before anything changes, where
     something else changed a module's class after the patch, as FSDP2 does.
     """
-    for holder in _holders(model):
+    for holder in holders(model):
         vars(holder)[_KEPT].undo.restore()
         del vars(holder)[_KEPT]
 
@@ -131,7 +132,7 @@ def patched(
 
     A model that was patched before stays patched after.
     """
-    before = _holders(model)
+    before = holders(model)
     yield_report = patch(
         model,
         rms_norm=rms_norm,
@@ -161,7 +162,7 @@ def _validate(model: object, options: Options) -> None:
             f"{type(model).__name__} is a model of swathe, which runs its kernels already; choose "
             "them with kernels=... or set_kernels"
         )
-    ops = ("rms_norm", "layer_norm", "gated_mlp_act")
+    ops = ("rms_norm", "layer_norm", "gated_mlp_act", losses.LAZY, losses.REAL)
     known = {name for op in ops for name in registered(op)} | {AUTO}
     if options.backend not in known:
         raise ValueError(
@@ -170,9 +171,15 @@ def _validate(model: object, options: Options) -> None:
         )
 
 
-def _holders(model: nn.Module) -> list[nn.Module]:
+def holders(model: nn.Module) -> list[nn.Module]:
     """The modules that `patch` was called on: the model, or one that it wraps or holds."""
     return [module for module in model.modules() if _KEPT in vars(module)]
+
+
+def ledger(holder: nn.Module) -> Undo:
+    """What `patch` changed on a model that `holders` found."""
+    undo: Undo = vars(holder)[_KEPT].undo
+    return undo
 
 
 def _settle(candidate: Candidate, undo: Undo) -> Row:

@@ -127,7 +127,7 @@ def _compare(
     if [name for name, _ in ours.outputs] != [name for name, _ in theirs.outputs]:
         raise _Differs("output", "ours has another structure")
     ours.differentiate(ups)
-    with _Widened():
+    with Widened():
         wide = _run(gold, forward, call, torch.float64)
         wide.differentiate([up.double() for up in ups])
     for (name, a), (_, b), (_, c) in zip(ours.all(), theirs.all(), wide.all(), strict=True):
@@ -213,7 +213,7 @@ def _noise(t: Tensor) -> Tensor:
     return torch.randn(t.shape).to(t.device, t.dtype)
 
 
-class _Widened(TorchFunctionMode):
+class Widened(TorchFunctionMode):
     """Every cast to a floating type is one to fp64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
