@@ -21,7 +21,7 @@ from support.hf_attention import (
     made,
     padding,
 )
-from swathe.modeling.hf.generate import CACHE
+from swathe.modeling.hf.generation import CACHE
 
 STATIC = sorted(DECODERS)
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}

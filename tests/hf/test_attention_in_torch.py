@@ -16,7 +16,7 @@ from support.families import tokens
 from support.hf_attention import attention_of, example, made, padding, run
 from swathe.modeling.hf import attention
 from swathe.modeling.hf.attention import FORWARDS
-from swathe.modeling.hf.generate import CACHE
+from swathe.modeling.hf.generation import CACHE
 from swathe.modeling.hf.masks import interval_mask
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
