@@ -1,4 +1,4 @@
-"""generate(weights="int8"): the tokens of the dequantised model, what is noticed, what is refused."""
+"""generate(weights="int8"): the tokens of the dequantised model, what is noticed or refused."""
 
 from __future__ import annotations
 
@@ -358,5 +358,5 @@ def test_names_that_are_refused() -> None:
         Counter().eval().generate(IDS % 50, max_new_tokens=2, weights="int8")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         run(model)
-    with pytest.raises(TypeError, match="has no option 'weight'.*'weights'"):
+    with pytest.raises(TypeError, match=r"has no option 'weight'.*'weights'"):
         model.generate(IDS, max_new_tokens=2, weight="int8")
