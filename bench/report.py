@@ -63,23 +63,28 @@ def against_best(cells: dict[str, Row]) -> tuple[float, str] | None:
     return ours[0]["median_us"] / best["median_us"], best["backend"]
 
 
-def worst(results: Document) -> str:
-    """The cell where ours looks worst beside its fastest peer."""
-    ranked = []
+def ranked(results: Document) -> list[tuple[float, str, str]]:
+    """Each cell that has ours and a peer: time of ours over the fastest's, its name, the cell."""
+    found = []
     for (dtype, variant), group in groups(results).items():
         for shape, cells in group.items():
-            found = against_best(cells)
-            if found:
+            beside = against_best(cells)
+            if beside:
                 row = next(r for r in cells.values() if r["ours"])
-                name = f"{shape} ({row['size']}) {dtype} {variant}"
-                ranked.append((found[0], found[1], name))
-    if not ranked:
+                found.append((*beside, f"{shape} ({row['size']}) {dtype} {variant}"))
+    return found
+
+
+def worst(results: Document) -> str:
+    """The cell where ours looks worst beside its fastest peer."""
+    cells = ranked(results)
+    if not cells:
         return "worst cell: none (no cell has both ours and a peer)"
-    ratio, peer, name = max(ranked)
-    ahead = sum(r[0] <= 1 for r in ranked)
+    ratio, peer, name = max(cells)
+    ahead = sum(cell[0] <= 1 for cell in cells)
     return (
         f"worst cell: {name}: {ratio:.2f}x the time of {peer}; "
-        f"ours is the fastest in {ahead} of {len(ranked)} cells"
+        f"ours is the fastest in {ahead} of {len(cells)} cells"
     )
 
 
@@ -118,22 +123,28 @@ def _flops(ours: Row | None) -> tuple[str, str]:
     return (f"{ours['tflops']:.0f}", f"{ours['of_product']:.2f}") if ours else ("-", "-")
 
 
-def beside_each(results: Document) -> list[str]:
-    """Time of ours over each peer's: median and worst of the cells that both serve."""
-    ratios: dict[str, list[float]] = {}
+def ratios(results: Document) -> dict[str, list[float]]:
+    """Time of ours over each peer's, in the cells that both serve."""
+    found: dict[str, list[float]] = {}
     for group in groups(results).values():
         for cells in group.values():
             ours = next((r for r in cells.values() if r["ours"] and "median_us" in r), None)
             for name, row in cells.items():
                 if ours and not row["ours"] and "median_us" in row:
-                    ratios.setdefault(name, []).append(ours["median_us"] / row["median_us"])
+                    found.setdefault(name, []).append(ours["median_us"] / row["median_us"])
+    return found
+
+
+def beside_each(results: Document) -> list[str]:
+    """Lines on the times of ours over each peer's."""
     return [
         f"  {name}: {statistics.median(found):.2f}, at worst {max(found):.2f} ({len(found)} cells)"
-        for name, found in ratios.items()
+        for name, found in ratios(results).items()
     ]
 
 
-def _aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
     lines = [list(head), *map(list, body)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
@@ -163,7 +174,7 @@ def tables(results: Document) -> str:
     # the longest tables last: the end of a log is what is read
     ordered = sorted(groups(results).items(), key=lambda item: len(item[1]))
     parts = [
-        f"{results['op']}: {dtype}, {variant}, us\n{_aligned(head, _body(group, names))}"
+        f"{results['op']}: {dtype}, {variant}, us\n{aligned(head, _body(group, names))}"
         for (dtype, variant), group in ordered
     ]
     fastest = max((r.get("copy_gbps", 0.0) for r in results["benchmarks"]), default=0.0)
@@ -182,7 +193,7 @@ def _parity(results: Document) -> str:
         [str(row[name]) for name in head] for row in results.get("parity", []) if "output" in row
     ]
     return (
-        f"{results['op']}: parity of {results['parity'][0]['backend']}\n{_aligned(head, body)}"
+        f"{results['op']}: parity of {results['parity'][0]['backend']}\n{aligned(head, body)}"
         if body
         else ""
     )
@@ -193,7 +204,7 @@ def _host(results: Document) -> str:
         [f"{r['way']} ({r['shape']})", *(f"{r[k]:.1f}" for k in ("median_us", "min_us", "max_us"))]
         for r in results.get("host", [])
     ]
-    return f"host us a call\n{_aligned(['way', 'median', 'min', 'max'], body)}" if body else ""
+    return f"host us a call\n{aligned(['way', 'median', 'min', 'max'], body)}" if body else ""
 
 
 def _troubles(results: Document) -> list[str]:
@@ -257,8 +268,8 @@ def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
     for (dtype, variant), group in groups(results).items():
         if variants is not None and variant not in variants:
             continue
-        lines = [f"`{results['op']}` {variant}, {dtype}, microseconds:", "", _line(head)]
-        lines.append(_line(["---", *["---:"] * (len(head) - 1)]))
+        lines = [f"`{results['op']}` {variant}, {dtype}, microseconds:", "", line(head)]
+        lines.append(line(["---", *["---:"] * (len(head) - 1)]))
         for cells in group.values():
             first = next(iter(cells.values()))
             ours = next((r for r in cells.values() if r["ours"] and "median_us" in r), None)
@@ -266,7 +277,7 @@ def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
             ratio = f"{1 / found[0]:.2f} ({found[1]})" if found else "-"
             of_copy = f"{ours['of_copy']:.2f}" if ours else "-"
             times = [_us(cells.get(name)) for name in names]
-            lines.append(_line([first["size"], *times, of_copy, ratio]))
+            lines.append(line([first["size"], *times, of_copy, ratio]))
         parts.append("\n".join(lines))
     machine = where(results)
     return "\n\n".join(
@@ -274,7 +285,8 @@ def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
     )
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -29,6 +29,10 @@ OPS = (
     "attention",
 )
 
+# what a CPU is measured at: one token, a few and a sequence, of as many features as models have
+ROWS, COLUMNS = (1, 16, 2048), (576, 2048, 4096)
+HEADS = {576: (9, 3, 64), 2048: (32, 8, 64), 4096: (32, 8, 128)}  # of q, of k, their features
+
 
 class Variant(NamedTuple):
     """What one timed call does; `form` tells the subject which kind of problem to draw."""
@@ -131,6 +135,26 @@ def subject(op: str) -> Subject:
 def size(shape: Any) -> str:
     """A shape's numbers as tables show them."""
     return " x ".join(str(n) for n in shape[1:])
+
+
+def grid(make: Callable[[str, int, int], Any]) -> tuple[Any, ...]:
+    """make(name, rows, columns) for each of ROWS by each of COLUMNS."""
+    return tuple(make(f"{rows}x{columns}", rows, columns) for columns in COLUMNS for rows in ROWS)
+
+
+def head_grid(make: Callable[..., Any]) -> tuple[Any, ...]:
+    """The grid for ops on heads: one sequence of as many tokens, q of as many features."""
+
+    def of(name: str, rows: int, columns: int) -> Any:
+        *heads, features = HEADS[columns]
+        return make(name, 1, rows, *heads, features, features)
+
+    return grid(of)
+
+
+def on_grid(shape: Any, variant: Variant) -> bool:
+    """A form beside the plain one is measured at the grid's middle columns only."""
+    return not variant.form or not shape.name[0].isdigit() or shape.name.endswith("x2048")
 
 
 def bytes_of(*tensors: Tensor | None) -> int:

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.hf.patching.patch import patch as patch
+    from swathe.modeling.hf.patching.patch import patched as patched
+    from swathe.modeling.hf.patching.patch import unpatch as unpatch
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
@@ -158,10 +161,14 @@ __all__ = [
     "warmup",
 ]
 
+_NEED_TRANSFORMERS = ("patch", "patched", "unpatch")
+
 
 def __getattr__(name: str) -> Any:
     if name == "hf":  # not in __all__: a star import shall not need transformers
         return import_module("swathe.hf")
+    if name in _NEED_TRANSFORMERS:
+        return getattr(import_module("swathe.hf"), name)
     home = _HOME.get(name)
     if home is None and name[:1].isupper():
         families = import_module("swathe.modeling.families")
@@ -177,4 +184,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NEED_TRANSFORMERS})

@@ -1,4 +1,8 @@
-"""swathe together with transformers; needs transformers 5.10 or newer (modeling/hf)."""
+"""swathe together with transformers; needs transformers 5.10 or newer (modeling/hf).
+
+Importing it makes attn_implementation="swathe" and "triton" known to transformers; the names below
+are imported when they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,28 @@ from typing import TYPE_CHECKING, Any
 from swathe.modeling import hf
 
 if TYPE_CHECKING:
-    from swathe.modeling.hf import attention_options, with_generate, without_generate
+    from swathe.modeling.hf import (
+        attention_options,
+        from_hf,
+        patch,
+        patched,
+        to_hf,
+        unpatch,
+        with_generate,
+        without_generate,
+    )
 
-__all__ = ["attention_options", "with_generate", "without_generate"]
+__all__ = [
+    "attention_options",
+    "from_hf",
+    "patch",
+    "patched",
+    "to_hf",
+    "unpatch",
+    "with_generate",
+    "without_generate",
+]
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(hf, name)  # imported when it is asked for
+    return getattr(hf, name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import contenders as who
-from bench import cpu, report
+from bench import cpu, overview, report
 from bench.cases import DTYPES, Cell, draw, gate, gold
 from bench.contenders import Contender, contenders, peer
 from bench.measure import ROUNDS, measure, row_keys
@@ -228,6 +228,40 @@ def test_markdown_and_worst_cell() -> None:
         results_of(2.5, 2.0)
     )
     assert "liger on tiny bfloat16 forward: gate: y is off" in report.summary(results_of(1.0, 1.0))
+
+
+def test_overview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slower = results_of(6.0, 5.0)["benchmarks"]
+    results = results_of(2.0, 5.0)
+    results["benchmarks"] += [{**row, "shape": "other"} for row in slower]
+    save(results, tmp_path / "rms_norm.json")
+    (tmp_path / "demo.json").write_text('{"comparison": []}')  # not a benchmark
+    assert overview.main([str(tmp_path), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| op | fastest in | torch | worst cell |"
+    # medians of 0.4 and 1.2
+    worst = "1.20 (torch): other (3 x 64) bfloat16 forward"
+    assert lines[2] == f"| `rms_norm` | 1 of 2 | 0.80 (1.20) | {worst} |"
+    assert overview.main([str(tmp_path)]) == 0
+    assert "rms_norm      1 of 2  0.80 (1.20)" in capsys.readouterr().out
+    (tmp_path / "rms_norm.json").unlink()
+    assert overview.main([str(tmp_path)]) == 2
+    assert "holds no results; make some with python -m bench.cpu" in capsys.readouterr().err
+
+
+def test_the_cpu_sees_each_op_on_the_grid() -> None:
+    sizes = {(m, n) for m in (1, 16, 2048) for n in (576, 2048, 4096)}
+    for op in ("layer_norm", "gated_mlp_act"):
+        of = subject(op)
+        assert {(s.M, s.N) for s in of.cpu} == sizes
+        assert {v.form for s in of.cpu for v in of.variants_of(s)} == {*of.forms}
+    for op in ("rotary", "qk_norm_rotary"):
+        assert {(s.S, s.H * s.D) for s in subject(op).cpu} == sizes
+    assert sizes <= {(s.M, s.V) for s in subject("cross_entropy").cpu}
+    attention = subject("attention").cpu
+    assert {(s.S, s.D, s.H // s.K) for s in attention if s.T > 1} == {
+        (S, D, group) for S in (128, 512, 2048, 4096) for D in (64, 128) for group in (3, 8)
+    }
 
 
 def test_what_a_peer_does_not_serve_is_no_failure() -> None:

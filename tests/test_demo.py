@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.demo import __main__ as demo
-from bench.demo import checkpoint, parity
+from bench.demo import bandwidth, checkpoint, parity
 from bench.demo.checkpoint import MissingPackage, ensure_checkpoint
 from bench.demo.compare import (
     Agreement,
@@ -198,6 +198,8 @@ def test_comparison_of_a_small_model(tiny: Path) -> None:
     assert ours.peak > ours.memory_before > 0 and ours.load_s > 0
     assert 0 < ours.slowest <= ours.tokens_per_s <= ours.fastest
     assert 0 < ours.logit_error < 1.0
+    assert ours.prefill_s > 0 and ours.of_read > 0 and ours.read_gbps == reference.read_gbps > 0.1
+    assert ours.bytes_a_token == reference.bytes_a_token
     assert 1 <= ours.rounds == reference.rounds <= 3
     assert json.loads(json.dumps(ours.to_json()))["library"] == "swathe"
 
@@ -210,6 +212,22 @@ def test_a_contender_that_fails_is_reported(tmp_path: Path) -> None:
         pytest.raises(ContenderFailed, match=r"swathe \(auto\) ended with status 1.*--no-compare"),
     ):
         comparison.run([[1]], new=2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_that_a_token_reads(tied: bool) -> None:
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    # 4 square projections, 3 of the MLP, the head, 3 norms; the embedding is no more than the head
+    numbers = 4 * 48 * 48 + 3 * 48 * 64 + 96 * 48 + 3 * 48
+    assert bandwidth.bytes_a_token(model) == 2 * numbers
 
 
 def test_contender_goes_on_behind_the_end(tiny: Path) -> None:
@@ -264,6 +282,9 @@ def test_tables() -> None:
         "auto",
         {"bfloat16": Agreement(38, 40, 0.5, [tie]), "float32": Agreement(0, 0, 1e-5, [clear])},
         tokens_per_s=21.0,
+        prefill_s=0.25,
+        read_gbps=40.0,
+        of_read=0.75,
         slowest=19.96,
         fastest=22.0,
         load_s=0.5,
@@ -277,6 +298,8 @@ def test_tables() -> None:
     assert cells["largest logit difference, float32"] == "1e-05"
     assert cells["tokens/s, range"] == "20.0 to 22.0"
     assert cells["beyond its imports"] == "500 MB"
+    assert cells["weights read, GB/s"] == "30.0" and cells["of what the machine reads"] == "0.75"
+    assert cells["prefill of 512 tokens"] == "250 ms"
     assert "GPU" not in text
     reference.peak_gpu = 1_000_000
     assert "peak memory on the GPU" in comparison_table([reference, ours], "bfloat16")

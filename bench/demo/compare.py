@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.demo.bandwidth import read_gbps
+
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
+PREFILL = 512  # tokens
 ENOUGH_S = 20.0  # no further round after this, on a machine that is slow or busy
 EXACT = "float32"
 
@@ -55,6 +58,7 @@ class Figures:
     """What was measured of one contender; the first contender is the others' reference.
 
     Bytes, seconds, and the root mean square distance of the logits from the reference's in fp32.
+    `read_gbps` is what the machine reads, `of_read` how much of it decoding does.
     """
 
     library: str
@@ -67,6 +71,10 @@ class Figures:
     slowest: float = 0.0
     fastest: float = 0.0
     first_token_s: float = 0.0
+    prefill_s: float = 0.0
+    bytes_a_token: int = 0
+    read_gbps: float = 0.0
+    of_read: float = 0.0
     load_s: float = 0.0
     memory_before: int = 0
     peak: int = 0
@@ -134,7 +142,7 @@ class Comparison:
     def __init__(
         self, contenders: Sequence[tuple[str, str]], directory: Path, device: str, dtype: str
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.figures = [Figures(*contender) for contender in contenders]
         self.remotes = [Remote(*contender, directory, device) for contender in contenders]
         for remote in self.remotes:
@@ -152,18 +160,19 @@ class Comparison:
 
         Loading comes first, one after the other and with the file in the page cache. Then tokens
         and logits, which also warm up, then up to ROUNDS interleaved rounds of `new` tokens after
-        the first prompt for the times, then the peak of memory, and last the same in fp32 (tokens
-        of the reference and of the last contender only).
+        the first prompt for the times, ROUNDS more of a prompt of PREFILL tokens, then the peak of
+        memory, and last the same in fp32 (tokens of the reference and of the last contender only).
         """
         pairs = list(zip(self.remotes, self.figures, strict=True))
         for remote, figures in pairs:
             figures.memory_before = remote.answer()["memory_before"]
         for remote, figures in pairs:
-            figures.load_s = remote.ask("load", dtype=self.dtype)["load_s"]
+            figures.__dict__.update(remote.ask("load", dtype=self.dtype))
         everyone = range(len(pairs))
         self._tokens(prompts, new, self.dtype, everyone)
         logits = self._logits(prompts, self.dtype)
         self._times(prompts[0], new)
+        self._prefill(prompts[0])
         for remote, figures in pairs:
             figures.__dict__.update(remote.ask("memory"))
         exact = logits[0]
@@ -209,6 +218,7 @@ class Comparison:
 
     def _times(self, prompt: list[int], new: int) -> None:
         taken: list[list[dict[str, Any]]] = [[] for _ in self.remotes]
+        gbps = read_gbps(self.device)
         start = time.monotonic()
         for round_index in range(ROUNDS):
             if round_index and time.monotonic() - start > ENOUGH_S:
@@ -224,6 +234,18 @@ class Comparison:
             figures.tokens_per_s = statistics.median(rates)
             figures.slowest, figures.fastest = min(rates), max(rates)
             figures.first_token_s = statistics.median(a["first_token_s"] for a in answers)
+            figures.read_gbps = gbps
+            figures.of_read = figures.tokens_per_s * figures.bytes_a_token / 1e9 / gbps
+
+    def _prefill(self, prompt: list[int]) -> None:
+        ids = (prompt * PREFILL)[:PREFILL]
+        taken: list[list[float]] = [[] for _ in self.remotes]
+        for round_index in range(ROUNDS + 1):
+            for turn in range(len(self.remotes)):
+                which = (round_index + turn) % len(self.remotes)
+                taken[which].append(self.remotes[which].ask("prefill", ids=ids)["prefill_s"])
+        for figures, seconds in zip(self.figures, taken, strict=True):
+            figures.prefill_s = statistics.median(seconds[1:])  # the first warms up
 
 
 def logits_of(remote: Remote, ids: list[int]) -> Tensor:

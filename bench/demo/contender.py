@@ -17,6 +17,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from bench.demo.bandwidth import bytes_a_token
+
 
 class Stopwatch:
     """A streamer for either library's generate that keeps when each token came."""
@@ -67,7 +69,8 @@ class Contender:
             self.model = self.auto.from_pretrained(self.directory, **wanted).to(self.device)
             self.model.eval()
         self._wait()
-        return {"load_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return {"load_s": seconds, "bytes_a_token": bytes_a_token(self.model)}
 
     def generate(self, ids: list[int], new: int, endless: bool) -> dict[str, Any]:
         """Greedy tokens after `ids`, at most `new`; `endless` goes on behind an end of text."""
@@ -89,6 +92,15 @@ class Contender:
         logits = self.model(torch.tensor([ids], device=self.device)).logits[0]
         torch.save(logits.float().cpu(), file)
         return {}
+
+    @torch.no_grad()
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        """Seconds for a prompt: its keys and values cached, logits of the last position."""
+        prompt = torch.tensor([ids], device=self.device)
+        start = time.perf_counter()
+        self.model(prompt, use_cache=True, logits_to_keep=1)
+        self._wait()
+        return {"prefill_s": time.perf_counter() - start}
 
     def memory(self) -> dict[str, Any]:
         """Peak bytes: resident in the process, and allocated on the GPU (0 without one)."""

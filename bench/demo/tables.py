@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bench.demo.compare import EXACT, Agreement, Divergence, Figures
+from bench.demo.compare import EXACT, PREFILL, Agreement, Divergence, Figures
 from bench.demo.parity import ParityRow
 
 MB = 1e6
@@ -40,6 +40,9 @@ def comparison_table(figures: Sequence[Figures], dtype: str) -> str:
         ("rms distance of logits from fp32's", lambda f: f"{f.logit_error:.3g}"),
         ("tokens/s, median", lambda f: f"{f.tokens_per_s:.1f}"),
         ("tokens/s, range", lambda f: f"{f.slowest:.1f} to {f.fastest:.1f}"),
+        ("weights read, GB/s", lambda f: f"{f.read_gbps * f.of_read:.1f}"),
+        ("  of what the machine reads", lambda f: f"{f.of_read:.2f}"),
+        (f"prefill of {PREFILL} tokens", lambda f: f"{f.prefill_s * 1e3:.0f} ms"),
         ("prompt to first token", lambda f: f"{f.first_token_s * 1e3:.0f} ms"),
         ("load", lambda f: f"{f.load_s:.2f} s"),
         ("peak memory of the process", lambda f: f"{f.peak / MB:.0f} MB"),
@@ -69,12 +72,13 @@ def _difference(agreement: Agreement) -> str:
 
 def comparison_notes(figures: Sequence[Figures], new: int, threads: int) -> str:
     """What the comparison's rows mean."""
-    largest, rounds = figures[0].largest_logit, figures[0].rounds
+    largest, rounds, reads = figures[0].largest_logit, figures[0].rounds, figures[0].read_gbps
     return f"""\
 Greedy, up to {new} tokens after each prompt, equal up to the first that differs. Logits at every
 position of the prompts; the largest is {largest:.3g}. Distance from fp32's: from transformers' own
 in fp32. tokens/s: {rounds} interleaved rounds of {new} tokens after the first prompt, first token
-not counted; threads: {threads}. load: once, the file in the page cache. Memory: resident, mapped
+not counted; threads: {threads}. A token reads the weights once; the machine reads memory at
+{reads:.1f} GB/s. load: once, the file in the page cache. Memory: resident, mapped
 files included, each contender in a process of its own, before its fp32 run."""
 
 

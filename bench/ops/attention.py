@@ -42,6 +42,17 @@ PROBES = {
     "whole": Shape("probe_whole", 1, 4, 2, 160, 160, 64, 64),
     "pieces": Shape("probe_pieces", 1, 4, 2, 160, 160, 80, 80),
 }
+# prefill by groups of 3 and 8 query heads, and decode from a cache of 4k
+CPU = tuple(
+    Shape(f"prefill_{T}_of_{D}_by_{H // K}", 1, H, K, T, T, D, D)
+    for D in (64, 128)
+    for H, K in ((9, 3), (8, 1))
+    for T in (128, 512, 2048, 4096)
+) + tuple(
+    Shape(f"decode_4k_of_{D}_by_{H // K}", 1, H, K, 1, 4096, D, D)
+    for D in (64, 128)
+    for H, K in ((9, 3), (32, 4))
+)
 LARGE = (
     Shape("large_64", 1, 8, 8, 2048, 2048, 64, 64),
     Shape("large_256", 1, 4, 2, 1024, 1024, 256, 256),
@@ -49,6 +60,7 @@ LARGE = (
     Shape("large_128", 2, 8, 2, 1024, 1024, 128, 128),
 )
 SCORES = 24 << 30  # bytes that a peer may spend on scores
+SCORES_ON_CPU = 512 << 20  # more would take minutes
 
 
 def attend(
@@ -111,7 +123,8 @@ def too_large(problem: Problem) -> str | None:
     """Why code that forms the scores does not take a problem."""
     (B, H, T, _), S = problem.inputs["q"].shape, problem.inputs["k"].shape[2]
     needed = 4 * 2 * B * H * T * S
-    return f"its scores would take {needed >> 30} GiB" if needed > SCORES else None
+    most = SCORES_ON_CPU if problem.inputs["q"].device.type == "cpu" else SCORES
+    return f"its scores would take {needed / 2**30:.3g} GiB" if needed > most else None
 
 
 def served(name: str, function: Function, problem: Problem) -> Function:
@@ -280,7 +293,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:]),
-    cpu=MODELS[:1],
+    cpu=CPU,
     tiny=TINY,
     probes=PROBES,
     probed=lambda s: "whole" if s.D & (s.D - 1) == s.E & (s.E - 1) == 0 else "pieces",

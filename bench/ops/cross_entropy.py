@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.contenders import library, overwriting
 from bench.huge import ends_differ
-from bench.subject import Function, Peer, Subject, each_once
+from bench.subject import Function, Peer, Subject, each_once, grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.cross_entropy.api import resolve_cross_entropy
@@ -23,8 +23,9 @@ PROBES = {"narrow": Shape("probe_narrow", 3, 1000), "wide": Shape("probe_wide", 
 
 
 def draw(shape: Shape, dtype: torch.dtype, form: str, device: str, seed: int) -> Problem:
-    """A tenth of the labels ignored; "capped" has Gemma2's cap."""
-    return random(shape, dtype, seed=seed, device=device, ignored=0.1, **FORMS[form])
+    """A tenth of many labels ignored; "capped" has Gemma2's cap."""
+    ignored = 0.1 if shape.M > 1 else 0.0  # the mean of no labels is NaN
+    return random(shape, dtype, seed=seed, device=device, ignored=ignored, **FORMS[form])
 
 
 def torch_own(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -83,7 +84,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU, *MODELS),
-    cpu=MODELS,
+    cpu=(*grid(Shape), *MODELS),
     tiny=(Shape("tiny", 9, 64), Shape("tiny_odd", 12, 37)),
     probes=PROBES,
     probed=lambda s: "narrow" if s.V <= 1024 else "wide",
@@ -92,5 +93,6 @@ SUBJECT = Subject(
     second_look=("llama_3_train",),
     host=("llama_3",),
     checked={"wide": Shape("wide_checked", 300, 50_257)},
+    timed=on_grid,
     huge=huge,
 )

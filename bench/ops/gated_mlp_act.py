@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.contenders import library, overwriting
 from bench.huge import ends_differ
-from bench.subject import Function, Peer, Subject, each_once
+from bench.subject import Function, Peer, Subject, each_once, grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.gated_mlp_act import eager
@@ -92,7 +92,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*sorted(GPU, key=lambda s: "train" not in s.name), *MODELS),
-    cpu=MODELS,
+    cpu=grid(Shape),
     tiny=(Shape("tiny", 3, 64), Shape("tiny_odd", 5, 37)),
     probes=PROBES,
     probed=lambda s: "odd" if s.N % 8 else "tile",
@@ -101,5 +101,6 @@ SUBJECT = Subject(
     second_look=("llama_8b_train", "llama_8b_decode"),
     host=("llama_8b_decode",),
     checked={"tile": Shape("tile", 300, 14_336), "odd": Shape("odd_checked", 70, 2881)},
+    timed=on_grid,
     huge=huge,
 )

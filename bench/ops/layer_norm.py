@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.contenders import library
 from bench.huge import ends_differ
-from bench.subject import Function, Peer, Subject, bytes_of
+from bench.subject import Function, Peer, Subject, bytes_of, grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.layer_norm.api import resolve_layer_norm
@@ -116,7 +116,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU, *MODELS),
-    cpu=MODELS,
+    cpu=grid(Shape),
     tiny=(Shape("tiny", 3, 64), Shape("tiny_odd", 5, 37)),
     probes=PROBES,
     probed=lambda s: "rows" if s.N <= 8192 else "wide backward" if s.N <= 16_384 else "wide",
@@ -125,5 +125,6 @@ SUBJECT = Subject(
     second_look=("opt_6_7b_train", "bert_base_train", "opt_6_7b_decode"),
     host=("opt_6_7b_decode", "gpt2_decode"),
     checked={"tile": Shape("tile", 300, 4096), "wide": Shape("wide_checked", 70, 40_000)},
+    timed=on_grid,
     huge=huge,
 )

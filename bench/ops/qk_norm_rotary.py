@@ -13,7 +13,7 @@ from torch import Tensor
 from bench.contenders import library, overwriting
 from bench.huge import ends_differ
 from bench.ops import rotary
-from bench.subject import Function, Peer, Subject, each_once
+from bench.subject import Function, Peer, Subject, each_once, head_grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.qk_norm_rotary.api import resolve_qk_norm_rotary
@@ -111,7 +111,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU, *MODELS),
-    cpu=MODELS,
+    cpu=head_grid(Shape),
     tiny=(Shape("tiny", 2, 3, 3, 1, 16, 16), Shape("tiny_tail", 1, 5, 2, 1, 14, 6)),
     probes=PROBES,
     probed=lambda s: "whole" if s.D == s.R else "tail",
@@ -120,5 +120,6 @@ SUBJECT = Subject(
     second_look=("qwen3_8b_train", "qwen3_8b_decode"),
     host=("qwen3_8b_decode",),
     checked={"tile": Shape("tile", 2, 700, 32, 8, 128, 128)},
+    timed=on_grid,
     huge=huge,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.contenders import library, overwriting
 from bench.huge import ends_differ
-from bench.subject import Function, Peer, Subject, bytes_of
+from bench.subject import Function, Peer, Subject, bytes_of, head_grid, on_grid
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.rotary.api import resolve_rotary
@@ -95,7 +95,7 @@ SUBJECT = Subject(
     peers,
     choose,
     gpu=(*GPU, *MODELS),
-    cpu=MODELS,
+    cpu=head_grid(Shape),
     tiny=(Shape("tiny", 2, 3, 3, 1, 16, 16), Shape("tiny_tail", 1, 5, 2, 1, 14, 6)),
     probes=PROBES,
     probed=lambda s: "whole" if s.D == s.R else "tail",
@@ -104,5 +104,6 @@ SUBJECT = Subject(
     second_look=("llama_8b_train", "llama_8b_decode"),
     host=("llama_8b_decode", "smollm2_135m_decode"),
     checked={"tile": Shape("tile", 2, 700, 32, 8, 128, 128)},
+    timed=on_grid,
     huge=huge,
 )

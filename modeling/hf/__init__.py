@@ -2,6 +2,10 @@
 
     with_generate(model)      gives one of our models transformers' `generate`
     without_generate(model)   takes it away again
+    from_hf(model)            our model over the weights of one of transformers'
+    to_hf(model)              transformers' model over the weights of one of ours
+    patch(model)              puts a model of transformers on our kernels, in place
+    unpatch(model)            undoes that; `with patched(model)` does both
     attention_options(...)    what attn_implementation="swathe" and "triton" do where they cannot
                               serve; importing this package makes both names known to transformers
 
@@ -20,14 +24,30 @@ from swathe.modeling.hf.registration import register
 if TYPE_CHECKING:
     from swathe.modeling.hf.attention import attention_options
     from swathe.modeling.hf.generate import with_generate, without_generate
+    from swathe.modeling.hf.patching.patch import patch, patched, unpatch
+    from swathe.modeling.hf.share import from_hf, to_hf
 
 _HOME = {
     "attention_options": "attention",
+    "from_hf": "share",
+    "patch": "patching.patch",
+    "patched": "patching.patch",
+    "to_hf": "share",
+    "unpatch": "patching.patch",
     "with_generate": "generate",
     "without_generate": "generate",
 }
 
-__all__ = ["attention_options", "with_generate", "without_generate"]
+__all__ = [
+    "attention_options",
+    "from_hf",
+    "patch",
+    "patched",
+    "to_hf",
+    "unpatch",
+    "with_generate",
+    "without_generate",
+]
 
 require()
 register()

@@ -1,0 +1,66 @@
+"""What keeps a module from being patched, whatever it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
+from swathe.kernels.core.registry import AUTO, Choice, registered
+from swathe.modeling.hf.patching.swaps import is_fused, why_not_swapped
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def why_left(module: nn.Module, tensors: Iterable[Tensor]) -> str | None:
+    """Why a module with these parameters is left alone, None if nothing speaks against it."""
+    if is_fused(type(module)):
+        return "is patched already"
+    reason = why_not_swapped(module)
+    if reason is not None:
+        return reason
+    if is_parametrized(module):
+        return "its weights are parametrized"
+    for t in tensors:
+        if t.is_meta:
+            return "its weights are on the meta device: load them first"
+        if type(t) not in _PLAIN:
+            return f"its weights are {type(t).__name__}s, which the kernels do not read"
+        if not t.is_floating_point():
+            return f"its weights are {_short(t.dtype)}"
+    return None
+
+
+def sample_of(model: nn.Module) -> Tensor:
+    """A tensor of the device and dtype that the model computes in, as far as it has one."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
+def chosen(resolve: Callable[[str], Choice], op: str, backend: str) -> tuple[str, str | None]:
+    """(the backend that is to serve, None), or ("", why none does).
+
+    "auto" has to find a fused one: a module gains nothing from plain PyTorch.
+    """
+    if backend != AUTO and backend not in registered(op):
+        return "", f"{op} has no backend {backend!r}"
+    try:
+        choice = resolve(backend)
+    except (BackendUnavailable, UnsupportedFeature) as error:
+        return "", str(error)
+    if backend == AUTO and choice.backend == "eager":
+        passed = "; ".join(f"{name} {', '.join(why)}" for name, why in choice.skipped.items())
+        return "", f"no fused backend serves it: {passed}"
+    return choice.backend, None
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may read these as they are: no DTensor, no other subclass."""
+    return all(t is None or type(t) in _PLAIN for t in tensors)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,206 @@
+"""patch, unpatch and patched: a transformers model on swathe's kernels, in place and back.
+
+    report = swathe.patch(model)      print(report) says what was swapped, and why the rest was not
+    swathe.unpatch(model)
+
+Finders (FINDERS) say what a model has. Each of their candidates is proven against the module's own
+forward; what holds is swapped through one ledger, kept on the model, that undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from torch import nn
+
+from swathe.kernels.core.errors import did_you_mean
+from swathe.kernels.core.registry import AUTO, registered
+from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
+from swathe.modeling.hf.patching.options import Options
+from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
+from swathe.modeling.hf.patching.swaps import Undo
+from swathe.modeling.model import PreTrainedModel
+
+# a form that contains another (a layer its norms) comes after it
+FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
+    norms.find,
+    mlps.find,
+    qk_norms.find,
+    rotations.find,
+    layers.find,
+    losses.find,
+)
+
+_KEPT = "_swathe_patch"
+# a proof holds for every module with the same key, of this model or another
+_proofs: dict[Hashable, Proof] = {}
+
+
+@dataclass
+class _Patch:
+    undo: Undo
+    report: Report
+
+
+def patch(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    layer_norm: bool = True,
+    rope: bool = True,
+    swiglu: bool = True,
+    residual: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    backend: str = AUTO,
+) -> Report:
+    """Put a transformers model on swathe's kernels, in place; returns what was done, and why.
+
+        report = swathe.patch(model)
+        print(report)
+
+    Works on one model, at any time: before or after training began, under PEFT and accelerate's
+    hooks. Classes, torch's functions and every other model stay as they are, and so do parameters,
+    state_dict keys and what `save_pretrained` writes. A module is swapped only if its forward is
+    read as a form that we have, and the kernel is measured to be as exact as the module in its
+    dtype; every other one is left alone, with the reason in the report.
+
+    The flags say which forms are looked for. `backend` is "auto", or the name of a backend that
+    must serve (modules that it cannot serve are left alone). A model that is patched already stays
+    as it is: unpatch it first to patch it otherwise. Patch before FSDP2 or tensor parallelism
+    shards a model.
+
+    Raises TypeError for anything but a module and for a model of swathe's own, ValueError for a
+    backend that no op has; nothing has changed then.
+    """
+    options = Options.of(
+        rms_norm=rms_norm,
+        layer_norm=layer_norm,
+        rope=rope,
+        swiglu=swiglu,
+        residual=residual,
+        cross_entropy=cross_entropy,
+        fused_linear_cross_entropy=fused_linear_cross_entropy and not cross_entropy,
+        backend=backend,
+    )
+    _validate(model, options)
+    held = holders(model)
+    if held:
+        note = "it was patched already and stays as it is; unpatch it to patch it otherwise"
+        return replace(vars(held[0])[_KEPT].report, note=note)
+    undo = Undo()
+    try:
+        rows = [_settle(candidate, undo) for find in FINDERS for candidate in find(model, options)]
+    except BaseException:
+        undo.restore()
+        raise
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    report = Report(tuple(sorted(rows, key=lambda row: order.get(row.path, 0))))
+    if undo.changes:
+        model.__dict__[_KEPT] = _Patch(undo, report)
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`: every module has its own class and attributes again, by identity.
+
+    A model that is not patched stays as it is. Raises RuntimeError, before anything changes, where
+    something else changed a module's class after the patch, as FSDP2 does.
+    """
+    for holder in holders(model):
+        vars(holder)[_KEPT].undo.restore()
+        del vars(holder)[_KEPT]
+
+
+@contextmanager
+def patched(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    layer_norm: bool = True,
+    rope: bool = True,
+    swiglu: bool = True,
+    residual: bool = True,
+    cross_entropy: bool = False,
+    fused_linear_cross_entropy: bool = True,
+    backend: str = AUTO,
+) -> Iterator[Report]:
+    """`patch` for a while: `with swathe.patched(model) as report:`; it is undone on the way out.
+
+    A model that was patched before stays patched after.
+    """
+    before = holders(model)
+    yield_report = patch(
+        model,
+        rms_norm=rms_norm,
+        layer_norm=layer_norm,
+        rope=rope,
+        swiglu=swiglu,
+        residual=residual,
+        cross_entropy=cross_entropy,
+        fused_linear_cross_entropy=fused_linear_cross_entropy,
+        backend=backend,
+    )
+    try:
+        yield yield_report
+    finally:
+        if not before:
+            unpatch(model)
+
+
+def _validate(model: object, options: Options) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"patch was given a {type(model).__name__}; it takes a model of transformers, or any "
+            "module around or inside one"
+        )
+    if isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{type(model).__name__} is a model of swathe, which runs its kernels already; choose "
+            "them with kernels=... or set_kernels"
+        )
+    ops = ("rms_norm", "layer_norm", "gated_mlp_act", losses.LAZY, losses.REAL)
+    known = {name for op in ops for name in registered(op)} | {AUTO}
+    if options.backend not in known:
+        raise ValueError(
+            f"patch: backend={options.backend!r}{did_you_mean(options.backend, known)}; allowed: "
+            f"{sorted(known)}"
+        )
+
+
+def holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that `patch` was called on: the model, or one that it wraps or holds."""
+    return [module for module in model.modules() if _KEPT in vars(module)]
+
+
+def ledger(holder: nn.Module) -> Undo:
+    """What `patch` changed on a model that `holders` found."""
+    undo: Undo = vars(holder)[_KEPT].undo
+    return undo
+
+
+def _settle(candidate: Candidate, undo: Undo) -> Row:
+    reason, error = candidate.reason, None
+    if reason is None:
+        assert candidate.prove is not None and candidate.apply is not None
+        proof = _proofs.get(candidate.key)
+        if proof is None:
+            proof = candidate.prove()
+            if candidate.key is not None:
+                _proofs[candidate.key] = proof
+        error = proof.error if isfinite(proof.error) else None
+        reason = proof.failure and f"failed its proof: {proof.failure}"
+        if reason is None:
+            candidate.apply(undo)
+    return Row(
+        path=candidate.path,
+        module=type(candidate.module).__name__,
+        op=candidate.op,
+        backend=candidate.backend,
+        action="patched" if reason is None else "left",
+        error=error,
+        reason=reason or "",
+    )
