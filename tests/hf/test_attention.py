@@ -83,6 +83,17 @@ def test_generate(name: str, kind: str | None) -> None:
         assert torch.equal(model.generate(**inputs, **options), expected)
 
 
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_ways_of_decoding(name: str, way: dict[str, Any]) -> None:
+    model, ids = made(name), tokens(1, 9)
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, **way}
+    given = {"attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **given, **options)
+    with attention_of(model, "swathe"):
+        assert torch.equal(model.generate(ids, **given, **options), expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "llama4_text"])
 @torch.no_grad()
 def test_prefill_in_chunks_then_one_by_one(name: str) -> None:
