@@ -21,6 +21,7 @@ from support.hf_attention import (
     made,
     padding,
 )
+from swathe.modeling.hf import masks
 from swathe.modeling.hf.generate import CACHE
 
 STATIC = sorted(DECODERS)
@@ -47,6 +48,16 @@ def test_logits_and_gradients(name: str, side: str) -> None:
 def test_logits_and_gradients_of_triton(name: str, side: str) -> None:
     """Compiled on a GPU, interpreted elsewhere."""
     assert distance(name, example(name, side), "triton") is None
+
+
+@pytest.mark.parametrize("asked", ["swathe", "triton"])
+@pytest.mark.parametrize(("name", "side"), [("mistral", "left"), ("bert", "right")])
+def test_padding_that_is_not_looked_at(
+    name: str, side: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is on a GPU, where the flags of keys are handed on."""
+    monkeypatch.setattr(masks, "looked_at", lambda held: False)
+    assert distance(name, example(name, side), asked) is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert"])
