@@ -49,6 +49,16 @@ def test_logits_and_gradients_of_triton(name: str, side: str) -> None:
     assert distance(name, example(name, side), "triton") is None
 
 
+@pytest.mark.parametrize("asked", ["swathe", "triton"])
+@pytest.mark.parametrize(("name", "side"), [("mistral", "left"), ("bert", "right")])
+def test_padding_that_is_not_looked_at(
+    name: str, side: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is on a GPU, where the flags of keys are handed on."""
+    monkeypatch.setattr(masks, "looked_at", lambda held: False)
+    assert distance(name, example(name, side), asked) is None
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert"])
 def test_half_precision(name: str) -> None:
     at = example(name, "right")
@@ -81,6 +91,17 @@ def test_generate(name: str, kind: str | None) -> None:
     expected = model.generate(**inputs, **options)
     with attention_of(model, "swathe"):
         assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_ways_of_decoding(name: str, way: dict[str, Any]) -> None:
+    model, ids = made(name), tokens(1, 9)
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, **way}
+    given = {"attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **given, **options)
+    with attention_of(model, "swathe"):
+        assert torch.equal(model.generate(ids, **given, **options), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "llama4_text"])
