@@ -292,6 +292,15 @@ def test_its_source_can_be_read() -> None:
     assert "waits_0, self.q_norm, self.k_norm, query_states, key_states, cos, sin)" in source
 
 
+def test_two_rewritings_of_one_class_have_two_sources() -> None:
+    model = tiny("gemma4_text")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    del second.k_norm  # as where layers share their keys
+    apply(model, qk_norms)
+    both = [inspect.getsource(wrappers(type(m).forward)[-1]) for m in (first, second)]
+    assert [text.count("_swathe_turn_") for text in both] == [2, 1]
+
+
 @pytest.mark.parametrize("off", ["rope", "rms_norm"])
 def test_it_can_be_switched_off(off: str) -> None:
     assert qk_norms.find(tiny("qwen3"), Options(**{off: False})) == []

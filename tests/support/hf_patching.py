@@ -127,7 +127,7 @@ def outcome(model: nn.Module, ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
     model.zero_grad()
     given: Any = model(ids, use_cache=False, **kwargs)
     logits = given.logits
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    weights = torch.linspace(-1, 1, logits.numel()).to(logits).view_as(logits)
     (logits * weights).sum().backward()
     # a compiled model names its parameters by the module inside it
     gradients = {

@@ -125,7 +125,9 @@ def delayed_forward(cls: Any, norms: tuple[tuple[Site, Norms], ...], backend: st
     served = {n: f for n, f in rotary_calls(cls).items() if isinstance(f, RotaryFunction)}
     calls = {site: _calls(served[site.function], read, backend) for site, read in norms}
     others = {name: stand_in(form, backend) for name, form in served.items()}
-    title = f"<{cls.__module__}.{cls.__qualname__}.forward, norms of q and k with rotary>"
+    # one title for each text: tracebacks find it by that
+    names = " and ".join(name for site, _ in norms for name in site.norms)
+    title = f"<{cls.__module__}.{cls.__qualname__}.forward, {names} joined with rotary>"
     return rewrapped(forward, rewritten(inner, _turned(served), calls, others, title))
 
 
