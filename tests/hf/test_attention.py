@@ -21,6 +21,7 @@ from support.hf_attention import (
     made,
     padding,
 )
+from swathe.modeling.hf import masks
 from swathe.modeling.hf.generation import CACHE
 
 STATIC = sorted(DECODERS)
