@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
-from bench.report import markdown, read
+from bench import readme
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "bench" / "results" / "cpu"
+README = readme.README.read_text()
 
 
-def block(name: str) -> str:
-    """What stands between the marks of a generated part."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    assert found, f"README has no part {name!r}"
-    return found.group(1).strip()
+@pytest.mark.parametrize("name", readme.PARTS)
+def test_figures_are_the_committed_results(name: str) -> None:
+    made = readme.PARTS[name]()
+    assert readme.part(README, name) == made, "run python -m bench.readme, which writes it anew"
 
 
-def norm_table() -> str:
-    results = read(RESULTS / "rms_norm.json")
-    results["benchmarks"] = [r for r in results["benchmarks"] if r["dtype"] == "bfloat16"]
-    return markdown(results, variants=["forward", "forward+backward"])
-
-
-def demo_table() -> str:
-    figures = json.loads((RESULTS / "demo.json").read_text())["comparison"]
-    lines = [
-        ["", "equal tokens, bf16", "logits off, fp32", "tokens/s", "load", "peak memory"],
-        ["---", *["---:"] * 5],
-    ]
-    for f in figures:
-        bf16, fp32 = f["agreement"]["bfloat16"], f["agreement"]["float32"]
-        lines.append(
-            [
-                f"{f['library']}, {f['attention']}",
-                f"{bf16['equal_tokens']} of {bf16['all_tokens']}",
-                f"{fp32['logit_difference']:.1e}",
-                f"{f['tokens_per_s']:.1f}",
-                f"{f['load_s']:.2f} s",
-                f"{f['peak'] / 1e6:.0f} MB",
-            ]
-        )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-@pytest.mark.parametrize(("name", "made"), [("norm table", norm_table), ("demo table", demo_table)])
-def test_tables_are_the_committed_results(name: str, made: object) -> None:
-    assert callable(made)
-    assert block(name) == made(), f"replace README's {name} with:\n{made()}"
+def test_every_generated_part_is_made() -> None:
+    assert set(re.findall(r"<!-- (?!end)(.*?) -->", README)) == set(readme.PARTS)
+    assert readme.renewed(README) == README
+    changed = README.replace("<!-- norm table -->\n", "<!-- norm table -->\nold\n")
+    assert changed != README and readme.renewed(changed) == README
 
 
 @pytest.mark.parametrize("number", range(README.count("```python")))
