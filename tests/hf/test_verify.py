@@ -199,9 +199,7 @@ def test_outputs_of_another_kind() -> None:
     model, reference = twins(dtype=torch.bfloat16)
     altered(model.lm_head, lambda y: y.float())
     found = failed(verify(model, batch(), reference=reference))
-    assert found["output logits"] == (
-        "is float32 (2, 9, 64), the reference's bfloat16 (2, 9, 64)"
-    )
+    assert found["output logits"] == ("is float32 (2, 9, 64), the reference's bfloat16 (2, 9, 64)")
     model, reference = twins()
     own = model.forward
     model.forward = lambda **kwargs: transformers.utils.ModelOutput(loss=own(**kwargs).loss)
@@ -295,9 +293,7 @@ def test_what_cannot_be_verified() -> None:
     for given, arguments, options, error, text in cases:
         with pytest.raises(error, match=text):
             verify(given, arguments, **options)
-    bert = transformers.BertForMaskedLM(
-        transformers.BertConfig(**{**TINY, "num_hidden_layers": 1})
-    )
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**{**TINY, "num_hidden_layers": 1}))
     bert.forward = lambda input_ids, labels: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="no argument 'label_ids'; did you mean 'labels'"):
         verify(bert, {"input_ids": inputs["input_ids"], "label_ids": 0})
