@@ -315,3 +315,12 @@ def test_what_keeps_a_module_from_being_patched() -> None:
     whole = Right()
     whole.weight = nn.Parameter(torch.ones(N, dtype=torch.int8), requires_grad=False)
     assert left(whole) == "its weights are int8"
+
+
+@pytest.mark.parametrize("size", [8, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows_are_compared_over_enough_of_them(size: int, dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    (row,) = only(LlamaRMSNorm(size), dtype).rows
+    assert row.patched, row.reason

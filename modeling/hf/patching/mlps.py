@@ -172,7 +172,7 @@ def _of_form(
 
 
 def _resolve(form: GatedForm, like: Tensor, backend: str) -> Any:
-    packed = "halves" if len(form.projections) == 1 and not form.second else None
+    packed: Any = "halves" if len(form.projections) == 1 and not form.second else None
     flat = like.detach().flatten()
     return resolve_gated_mlp_act(flat, backend, act=form.act, casting="llama", packed=packed)
 

@@ -75,8 +75,8 @@ def rms_form(e: Expression) -> RMSForm | None:
     if e[0] == "rms_norm":
         _, x, shape, weight, eps = e
         known = x == _X and len(shape) == 1 and isinstance(eps, float)
-        found = RMSForm(_name(weight), eps, alike=True, in_autocast=False, torchs=True)
-        return found if known and (weight is None or found.weight) else None
+        form = RMSForm(_name(weight), eps, alike=True, in_autocast=False, torchs=True)
+        return form if known and (weight is None or form.weight) else None
     rounded, inner = _unrounded(e)
     factors = list(factors_of(inner))
     if not all(isinstance(factor, tuple) for factor in factors):

@@ -33,7 +33,8 @@ _RMS, _LAYER = "rms_norm", "layer_norm"
 # rows that normal activations have, and those where eps, or the range of fp16, is felt
 _SCALES = (1.0, 1e-3, 30.0, 0.1)
 _WITHOUT_WEIGHT = 64  # features where nothing says how many there are
-_SHAPES = ((1,), (3,), (2, 5), (7,), (2, 3, 2))
+# a row's gradient errs as a whole, by its sums: many rows, or the ratio of two errors is noise
+_SHAPES = ((1,), (63,), (2, 25), (37,), (2, 3, 8))
 
 
 def find(model: nn.Module, options: Options) -> list[Candidate]:
@@ -159,7 +160,7 @@ def fused_forward(
     inputs of another dtype than `only`, autocast where torch's own norm would cast.
     """
     own: Callable[..., Any] = cls.forward
-    call = _rms_call if isinstance(form, RMSForm) else _layer_call
+    call: Any = _rms_call if isinstance(form, RMSForm) else _layer_call
     alike, in_autocast = form.alike, form.in_autocast
     weight_name, bias_name = form.weight, getattr(form, "bias", None)
 

@@ -64,7 +64,7 @@ def fused_class(cls: type[nn.Module], forward: Forward, *, op: str) -> type[nn.M
     """
     if issubclass(cls, PreTrainedModel):
         raise TypeError(f"{cls.__name__} is a PreTrainedModel; swap the class of a part of it")
-    return _fused_class(cls, forward, op)
+    return _fused_class(cls, forward, op)  # type: ignore[arg-type]
 
 
 @cache
@@ -78,7 +78,9 @@ def _fused_class(cls: type[nn.Module], forward: Forward, op: str) -> type[nn.Mod
         "_swathe_made_of": (base, (*steps, (forward, op))),
         "forward": forward,
     }
-    return type(cls)(cls.__name__, (cls,), names)
+    metaclass: Any = type(cls)
+    made: type[nn.Module] = metaclass(cls.__name__, (cls,), names)
+    return made
 
 
 def recipe(make: Callable[..., Forward]) -> Callable[..., Forward]:
