@@ -160,7 +160,8 @@ def _div(args: Arguments, kwargs: Named) -> Expression | None:
 
 
 def _pow(args: Arguments, kwargs: Named) -> Expression | None:
-    base, n = args[0], args[1] if len(args) > 1 else kwargs.get("exponent")
+    base: Any = args[0]
+    n: Any = args[1] if len(args) > 1 else kwargs.get("exponent")
     return power(base, n) if _is_number(n) and isinstance(base, tuple) else None
 
 
@@ -211,8 +212,9 @@ def _dropout(args: Arguments, kwargs: Named) -> Expression | None:
 
 
 def _gelu(args: Arguments, kwargs: Named) -> Expression:
-    approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
-    return ("gelu" if approximate == "none" else f"gelu_{approximate}", args[0])
+    approximate: Any = kwargs.get("approximate", (*args, "none")[1])
+    (e, *_) = args
+    return ("gelu" if approximate == "none" else f"gelu_{approximate}", e)
 
 
 _RULES: dict[str, Any] = {
