@@ -257,6 +257,19 @@ def test_norms_that_are_patched_themselves_are_joined_too(
             assert not any(is_fused(type(module)) for module in model.modules())
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_autocast(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny(model_type), token_ids()
+    exact = gold(model, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = outcome(model, ids)
+        apply(model, qk_norms, rotations, layers)
+        calls = counted(monkeypatch, *CALLS)
+        ours = outcome(model, ids)
+    assert calls == ["rms_norm"] * 2
+    assert_as_good(ours, own, exact)
+
+
 def test_triton_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"  # there it is interpreted
     model, ids = tiny("qwen3", num_hidden_layers=1).to(device), token_ids(5).to(device)

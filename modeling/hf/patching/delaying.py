@@ -130,7 +130,7 @@ def _norm_of(head: ast.expr | None, before: list[ast.stmt]) -> ast.Call | None:
             return None
         value: Any = statement.value  # type: ignore[attr-defined]
         if ast.unparse(value).endswith(".transpose(1, 2)") and isinstance(value, ast.Call):
-            value = value.func.value
+            value = value.func.value  # type: ignore[attr-defined]
         return value if self_call(value) is not None else None
     return None
 

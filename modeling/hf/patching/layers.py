@@ -131,7 +131,7 @@ def add_norm(
     """
     weight_name, bias_name = form.weight, getattr(form, "bias", None)
     call: Any = _rms_call if isinstance(form, RMSForm) else _layer_call
-    in_autocast = form.in_autocast
+    in_autocast, mixed = form.in_autocast, _may_mix(form)
 
     def joined(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if not hooked(norm) and own_class(norm) is cls:
@@ -140,7 +140,7 @@ def add_norm(
             if (
                 plain(a, b, weight, bias)
                 and a.shape == b.shape
-                and a.dtype == b.dtype
+                and (a.dtype == b.dtype or (mixed and _are_floats(a, b)))
                 and a.device == b.device
                 and (weight is None or weight.device == a.device)
                 and (only is None or (a.dtype == only and (weight is None or weight.dtype == only)))
@@ -187,6 +187,15 @@ def bare(norm: nn.Module) -> nn.Module:
     made = private(norm, lambda t: t)
     made.__class__ = own_class(norm)
     return made
+
+
+def _may_mix(form: Form) -> bool:
+    """Whether a sum of two dtypes is joined: under autocast the residual stream is wider."""
+    return isinstance(form, RMSForm) and form.in_autocast and not form.alike
+
+
+def _are_floats(a: Tensor, b: Tensor) -> bool:
+    return a.is_floating_point() and b.is_floating_point()
 
 
 def own_class(norm: nn.Module) -> type[nn.Module]:
@@ -251,12 +260,14 @@ def _calls(norm: nn.Module, form: Form) -> Iterator[Call]:
     """Pairs of rows in the dtypes that the norm may meet."""
     like = _like(norm, form)
     draw = Generator().manual_seed(0)
-    dtypes = [like.dtype]
+    dtypes = [(like.dtype, like.dtype)]
     if like.dtype == torch.float32 and not form.alike and form.in_autocast:
-        dtypes.append(torch.bfloat16)
+        dtypes.append((torch.bfloat16, torch.bfloat16))
+    if _may_mix(form):
+        dtypes += [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
     for i in count():
         shape, scale = _SHAPES[i % len(_SHAPES)], _SCALES[i % len(_SCALES)]
         rows = torch.randn(2, *shape, like.shape[0], generator=draw) * scale
-        dtype = dtypes[(i // 2) % len(dtypes)]
-        a, b = (t.to(like.device, dtype).requires_grad_() for t in rows)
+        pair = zip(rows, dtypes[(i // 2) % len(dtypes)], strict=True)
+        a, b = (t.to(like.device, dtype).requires_grad_() for t, dtype in pair)
         yield Call((a, b))
