@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
+    from swathe.modeling.hf.equivalence import verify as verify
     from swathe.modeling.hf.patching.patch import patch as patch
     from swathe.modeling.hf.patching.patch import patched as patched
     from swathe.modeling.hf.patching.patch import unpatch as unpatch
-    from swathe.modeling.hf.equivalence import verify as verify
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
