@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -300,10 +301,11 @@ def test_unpatching_leaves_nothing() -> None:
     assert vars(model) == before and type(head) is nn.Linear and vars(head) == own
 
 
-def test_a_copy_is_a_model_of_its_own() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_a_model_of_its_own(copied: Callable[[Any], Any]) -> None:
     model = tiny("llama")
     loss_only(model)
-    made = copy.deepcopy(model)
+    made = copied(model)
     with torch.no_grad():
         made.lm_head.weight.zero_()
     output = made(**batch())
