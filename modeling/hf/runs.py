@@ -160,7 +160,9 @@ def _training(model: nn.Module, batch: Batch) -> Iterator[None]:
         if isinstance(module, _DropoutNd):
             module.training = False
         own = vars(module)
-        off = {name: 0.0 for name, v in own.items() if "drop" in name and isinstance(v, float)}
+        off: dict[str, Any] = {
+            name: 0.0 for name, v in own.items() if "drop" in name and isinstance(v, float)
+        }
         off.update({name: v for name, v in _CHECKPOINTING.items() if name in own})
         changed += [(own, name, own[name]) for name in off]
         own.update(off)
