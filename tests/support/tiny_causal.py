@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from swathe.modeling.hf.patching.patch import patch
+from swathe.modeling.hf.patching.report import Report
+
 V = 64
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -88,3 +91,14 @@ def with_lora(model: Any) -> Any:
     torch.manual_seed(3)
     model.lm_head = LoRA(model.lm_head)
     return model
+
+
+def loss_only(model: nn.Module, **options: Any) -> Report:
+    """Patch nothing but the loss, with the backend that is quick on a CPU."""
+    options.setdefault("backend", "eager")
+    others = {"rms_norm": False, "layer_norm": False, "swiglu": False, "rope": False}
+    return patch(model, **others, residual=False, **options)
+
+
+def outcome(report: Report) -> dict[str, str]:
+    return {row.op: row.action for row in report.rows}

@@ -144,12 +144,16 @@ def hooked(module: nn.Module) -> bool:
 
 @dataclass
 class _Change:
-    """What stood in one object before a change; `cls` only where its class was swapped."""
+    """What stood in one object before a change; `cls` only where its class was swapped.
+
+    `forward` is what was put in the place of one that accelerate's hooks may move about.
+    """
 
     target: Any
     before: Mapping[str, Any]
     cls: _Name | None = None
     fused: _Name | None = None
+    forward: Any = None
 
 
 @dataclass
@@ -192,7 +196,8 @@ class Undo:
             for key in {**before, **after}
             if before.get(key, Absent) is not after.get(key, Absent)
         }
-        self.changes.append(_Change(target, changed))
+        forward = value if name in _BOUND else None
+        self.changes.append(_Change(target, changed, forward=forward))
 
     def restore(self) -> None:
         """Put everything back, the last change first.
@@ -235,9 +240,19 @@ def _take_off(module: nn.Module, cls: type[nn.Module], old: Any) -> None:
 def _put_back(change: _Change) -> None:
     target, own = change.target, vars(change.target)
     for name, value in change.before.items():
-        if name in getattr(target, "_modules", {}):
+        if change.forward is not None and own.get(name) is not change.forward:
+            _put_back_moved(change, value)
+        elif name in getattr(target, "_modules", {}):
             target._modules[name] = value
         elif value is Absent:
             own.pop(name, None)
         else:
             own[name] = value
+
+
+def _put_back_moved(change: _Change, value: Any) -> None:
+    """Where hooks came or went after the patch, leave theirs and replace ours."""
+    target, own = change.target, vars(change.target)
+    for slot in _BOUND:
+        if own.get(slot) is change.forward:
+            own[slot] = MethodType(type(target).forward, target) if value is Absent else value
