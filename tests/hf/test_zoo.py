@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from support.hf_zoo_coverage import LIST, PASSED, ZOO, examine, judge, listed
+from support.hf_zoo_coverage import LIST, PASSED, ZOO, absent, examine, judge, listed
 from support.hf_zoo_treatments import TREATMENTS
 
 # What 300 models of transformers warn of is theirs; what swathe warns of is an error here as well.
@@ -38,7 +38,7 @@ class Treated:
     def test_is_the_same_model(
         self, kind: str, name: str, treatment: str, record_property: Any
     ) -> None:
-        if reason := TREATMENTS[treatment].missing():
+        if reason := absent(ZOO[kind][name]) or TREATMENTS[treatment].missing():
             pytest.skip(reason)
         verdict = examine(ZOO[kind][name], TREATMENTS[treatment])
         record_property("zoo", [kind, name, treatment, *verdict])

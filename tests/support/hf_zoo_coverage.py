@@ -39,7 +39,7 @@ from support.hf_zoo_judge import (
 )
 from support.hf_zoo_others import ENCODERS, MULTIMODAL
 from support.hf_zoo_treatments import TREATMENTS, Treatment
-from support.hf_zoo_types import CAUSAL
+from support.hf_zoo_types import CAUSAL, OLDER
 
 LIST = Path(__file__).parents[1] / "hf" / "coverage.json"
 ZOO: dict[str, dict[str, Entry]] = {
@@ -66,10 +66,11 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """The untouched model's readings, and the attributes that its own forward replaces."""
+    """The untouched model's readings and keys, and what its own forward replaces of it."""
 
     own: Reading
     gold: Reading
+    keys: list[str]
     volatile: set[str]
 
 
@@ -84,36 +85,49 @@ def reference(kind: str, name: str) -> Reference:
     volatile = changed(fresh, belongings(model))
     bad = [n for n, v in own.items() if not v.isfinite().all()]
     assert not bad, f"{name}: {bad[:3]} is not finite without any treatment"
-    return Reference(own, read_gold(build(entry), runs, entry.lacks), volatile)
+    gold = read_gold(build(entry), runs, entry.lacks)
+    return Reference(own, gold, list(model.state_dict()), volatile)
 
 
 def examine(entry: Entry, treatment: Treatment) -> Verdict:
     """Apply, run, undo; the first thing that is not as it should be is the verdict."""
     known = reference(entry.kind, entry.model_type)
     model = build(entry)
-    runs = runs_of(entry, model, treatment.runs)
-    before, keys = belongings(model), list(model.state_dict())
-    note = ""
+    before = belongings(model)
     try:
         note = treatment.apply(model) or ""
-        if list(model.state_dict()) != keys:
-            return Verdict(WRONG, "the state dict has other keys")
-        found = read(model, runs, entry.lacks)
-        own = {n: v for n, v in known.own.items() if n.split(":")[0] in runs}
-        ratio = LUCKY if "steady rounding" in entry.lacks else RATIO
-        wrong = differences(found, own, known.gold, ratio)
+    except Exception as error:  # noqa: BLE001  (whatever it raises is its verdict)
+        kept = changed(before, belongings(model))
+        return Verdict(RAISED if kept else LEFT, _named(error))
+    try:
+        wrong = _wrong(entry, model, treatment.runs, known)
         if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            return Verdict(WRONG, wrong[0] + more, note)
+            return Verdict(WRONG, wrong, note)
         treatment.undo(model)
     except swathe.UnsupportedFeature as error:
-        return Verdict(LEFT, _first_line(error), note)
-    except Exception as error:  # noqa: BLE001  (whatever it raises is its verdict)
-        return Verdict(RAISED, f"{type(error).__name__}: {_first_line(error)}", note)
-    kept = changed(before, belongings(model)) - known.volatile
-    if kept:
-        return Verdict(UNDONE, f"{sorted(kept)[:3]} is not as before", note)
-    return Verdict(PASSED, note=note)
+        return Verdict(LEFT, _named(error), note)
+    except Exception as error:  # noqa: BLE001
+        return Verdict(RAISED, _named(error), note)
+    left = sorted(changed(before, belongings(model)) - known.volatile)
+    return (
+        Verdict(UNDONE, f"{left[:3]} is not as before", note) if left else Verdict(PASSED, "", note)
+    )
+
+
+def _wrong(entry: Entry, model: Any, wanted: tuple[str, ...], known: Reference) -> str:
+    """The worst of what a treated model computes otherwise, "" for nothing."""
+    runs = runs_of(entry, model, wanted)
+    if list(model.state_dict()) != known.keys:
+        return "the state dict has other keys"
+    found = read(model, runs, entry.lacks)
+    own = {n: v for n, v in known.own.items() if n.split(":")[0] in runs}
+    ratio = LUCKY if "steady rounding" in entry.lacks else RATIO
+    off = differences(found, own, known.gold, ratio)
+    return " and ".join([*off[:1], *([f"{len(off) - 1} more"] if off[1:] else [])])
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -131,15 +145,26 @@ def listed() -> dict[str, Any]:
     return json.loads(LIST.read_text()) if LIST.exists() else {}
 
 
+def absent(entry: Entry) -> str | None:
+    """Why the installed transformers, other than the list's, cannot have the entry; else None."""
+    name = entry.config or entry.model_type
+    if name not in transformers.CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} has no {name}"
+    if transformers.__version__ != listed().get("transformers") and entry.model_type in OLDER:
+        return f"in transformers {transformers.__version__} it {OLDER[entry.model_type]}"
+    return None
+
+
 def judge(verdict: Verdict, expected: str | None) -> str | None:
     """Why a verdict fails the suite, None where it does not.
 
-    What is listed as passed must pass, with no fewer modules patched. Anything else may only end
-    as the list says it does; its reason may change its wording.
+    What is listed as passed must pass, in the list's transformers with no fewer modules patched.
+    Anything else may only end as the list says it does; its reason may change its wording.
     """
     if expected is None:
         return None if verdict.ending == PASSED else f"is not listed, and {verdict}"
-    fewer = verdict.ending == PASSED and _patched(str(verdict)) < _patched(expected)
+    same = transformers.__version__ == listed().get("transformers", transformers.__version__)
+    fewer = same and verdict.ending == PASSED and _patched(str(verdict)) < _patched(expected)
     if fewer or verdict.ending not in (PASSED, ending(expected)):
         return f"was listed as {expected!r}, and now {verdict}"
     return None
@@ -176,7 +201,7 @@ def table(given: Iterable[tuple[str, str, str, Verdict]]) -> list[str]:
         and ending(old.get(kind, {}).get(name, {}).get(treatment, "")) != PASSED
     ]
     if new:
-        lines.append(f"  new, to be listed with {UPDATE}: {', '.join(new)}")
+        lines.append(f"  {len(new)} new, to be listed with {UPDATE}: {', '.join(new[:20])}")
     return lines
 
 

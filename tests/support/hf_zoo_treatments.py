@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+
+import swathe
 
 
 @dataclass(frozen=True)
@@ -46,30 +49,23 @@ def _ours(*path: str) -> Callable[[], str | None]:
 
 
 def _swathe(model: Any) -> None:
-    import swathe.hf  # noqa: F401  (registers the name)
-
+    import_module("swathe.hf")  # registers the name
     model.set_attn_implementation("swathe")
 
 
 def _summary(report: Any) -> str:
-    rows = list(report.rows)
-    patched = sum(row.action == "patched" for row in rows)
-    return f"{patched} patched, {len(rows) - patched} left"
+    return f"{len(report.patched)} patched, {len(report.left)} left"
 
 
 def _patch(**options: Any) -> Callable[[Any], str]:
     def apply(model: Any) -> str:
-        from swathe.modeling.hf.patching.patch import patch
-
-        return _summary(patch(model, **options))
+        return _summary(swathe.patch(model, **options))
 
     return apply
 
 
 def _unpatch(model: Any) -> None:
-    from swathe.modeling.hf.patching.patch import unpatch
-
-    unpatch(model)
+    swathe.unpatch(model)
 
 
 def _norms(model: nn.Module) -> list[Any]:

@@ -185,6 +185,15 @@ UNBUILT = {
     "gemma4_assistant": "drafts from another model's key-value states",
     "gemma4_unified_assistant": "drafts from another model's key-value states",
 }
+# Types that do not run, without any treatment, in a transformers older than that of the list.
+OLDER = {
+    "dbrx": "its experts read another configuration's hidden size",
+    "deepseek_v4": "returns no cache",
+    "git": "counts on past key-values",
+    "granitemoehybrid": "its cache has no update for a state-space layer",
+    "mamba2": "decoding takes no padding",
+    "zamba": "asks for CUDA kernels",
+}
 CAUSAL: dict[str, Entry] = {
     name: Entry(
         name,
