@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,17 @@ def pytest_report_header() -> str:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if _state["interpreting"] and collection_path == _OFFLINE else None
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    stats = terminalreporter.stats
+    reports = [one for key in ("passed", "failed", "skipped") for one in stats.get(key, ())]
+    if any(name == "zoo" for one in reports for name, _ in one.user_properties):
+        from support import hf_zoo_coverage
+
+        terminalreporter.section("models of transformers under swathe")
+        for line in hf_zoo_coverage.summary(reports):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
