@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Literal, Unpack, overload
 
 from torch import nn
 
 from swathe.modeling.hf.patching import patch as one
 from swathe.modeling.hf.patching.creation import Creation, patch_created, stop_created
-from swathe.modeling.hf.patching.options import Options
+from swathe.modeling.hf.patching.options import Options, PatchOptions
 from swathe.modeling.hf.patching.report import Report
-
-
-class PatchOptions(TypedDict, total=False):
-    """Which forms are looked for, and the backend that is to serve them; options.py."""
-
-    rms_norm: bool
-    layer_norm: bool
-    rope: bool
-    swiglu: bool
-    residual: bool
-    cross_entropy: bool
-    fused_linear_cross_entropy: bool
-    backend: str
 
 
 @overload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TypedDict
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO
@@ -46,3 +47,16 @@ class Options:
                 )
             return cls(**{**given, "fused_linear_cross_entropy": False})  # type: ignore[arg-type]
         return made
+
+
+class PatchOptions(TypedDict, total=False):
+    """The same as keyword arguments."""
+
+    rms_norm: bool
+    layer_norm: bool
+    rope: bool
+    swiglu: bool
+    residual: bool
+    cross_entropy: bool
+    fused_linear_cross_entropy: bool
+    backend: str

@@ -13,13 +13,14 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Unpack
 
 from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
 from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
-from swathe.modeling.hf.patching.options import Options
+from swathe.modeling.hf.patching.options import Options, PatchOptions
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo, strip
 from swathe.modeling.model import PreTrainedModel
@@ -46,47 +47,9 @@ class _Patch:
     report: Report
 
 
-def patch(
-    model: nn.Module,
-    *,
-    rms_norm: bool = True,
-    layer_norm: bool = True,
-    rope: bool = True,
-    swiglu: bool = True,
-    residual: bool = True,
-    cross_entropy: bool = False,
-    fused_linear_cross_entropy: bool = True,
-    backend: str = AUTO,
-) -> Report:
-    """Put a transformers model on swathe's kernels, in place; returns what was done, and why.
-
-        report = swathe.patch(model)
-        print(report)
-
-    Works on one model, at any time: before or after training began, under PEFT and accelerate's
-    hooks. Classes, torch's functions and every other model stay as they are, and so do parameters,
-    state_dict keys and what `save_pretrained` writes. A module is swapped only if its forward is
-    read as a form that we have, and the kernel is measured to be as exact as the module in its
-    dtype; every other one is left alone, with the reason in the report.
-
-    The flags say which forms are looked for. `backend` is "auto", or the name of a backend that
-    must serve (modules that it cannot serve are left alone). A model that is patched already stays
-    as it is: unpatch it first to patch it otherwise. Patch before FSDP2 or tensor parallelism
-    shards a model.
-
-    Raises TypeError for anything but a module and for a model of swathe's own, ValueError for a
-    backend that no op has; nothing has changed then.
-    """
-    options = Options.of(
-        rms_norm=rms_norm,
-        layer_norm=layer_norm,
-        rope=rope,
-        swiglu=swiglu,
-        residual=residual,
-        cross_entropy=cross_entropy,
-        fused_linear_cross_entropy=fused_linear_cross_entropy and not cross_entropy,
-        backend=backend,
-    )
+def patch(model: nn.Module, **given: Unpack[PatchOptions]) -> Report:
+    """`swathe.patch` of one model; api.py says what is promised."""
+    options = Options.of(**given)
     _validate(model, options)
     held = holders(model)
     if held:
@@ -120,36 +83,15 @@ def unpatch(model: nn.Module) -> None:
 
 
 @contextmanager
-def patched(
-    model: nn.Module,
-    *,
-    rms_norm: bool = True,
-    layer_norm: bool = True,
-    rope: bool = True,
-    swiglu: bool = True,
-    residual: bool = True,
-    cross_entropy: bool = False,
-    fused_linear_cross_entropy: bool = True,
-    backend: str = AUTO,
-) -> Iterator[Report]:
+def patched(model: nn.Module, **options: Unpack[PatchOptions]) -> Iterator[Report]:
     """`patch` for a while: `with swathe.patched(model) as report:`; it is undone on the way out.
 
     A model that was patched before stays patched after.
     """
     before = holders(model)
-    yield_report = patch(
-        model,
-        rms_norm=rms_norm,
-        layer_norm=layer_norm,
-        rope=rope,
-        swiglu=swiglu,
-        residual=residual,
-        cross_entropy=cross_entropy,
-        fused_linear_cross_entropy=fused_linear_cross_entropy,
-        backend=backend,
-    )
+    report = patch(model, **options)
     try:
-        yield yield_report
+        yield report
     finally:
         if not before:
             unpatch(model)
