@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,8 @@ def _compiled(model: Any) -> Any:
 
 
 def _liger(model: Any) -> Any:
-    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(model=model)
+    patching = import_module("liger_kernel.transformers.monkey_patch")
+    patching._apply_liger_kernel_to_instance(model=model)
     return model
 
 

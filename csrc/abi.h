@@ -10,7 +10,7 @@
 #endif
 
 // Raised whenever a signature or an argument's meaning changes; kernels/core/cpp.py repeats it.
-#define SWATHE_ABI_VERSION 7
+#define SWATHE_ABI_VERSION 8
 
 namespace swathe {
 

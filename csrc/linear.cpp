@@ -12,12 +12,16 @@ namespace swathe {
 namespace {
 
 constexpr int64_t kWeights = 4;
-constexpr int64_t kMostRows = 16;  // of x
-constexpr int64_t kColumns = 64;   // outputs that are rounded and stored together
+constexpr int64_t kMostRows = 16;   // of x, whose results are rounded and stored together
+constexpr int64_t kColumns = 64;    // outputs, likewise
+constexpr int64_t kTogether = 256;  // rows of x, for which int8 is widened once
+constexpr int64_t kAhead = 8192;    // bytes of weights that are asked for before they are read
 
 // One weight (N, K), rows with adjacent features, its bias (N,) or null, and its output (M, N).
+// With `scales` (N,) the weight is int8, and a row's sum is multiplied by the row's scale.
 struct Weights {
   const void *w, *bias;
+  const float* scales;
   void* y;
   int64_t N, w_stride;
 };
@@ -45,25 +49,51 @@ struct LinearIsa {
 #define SWATHE_BODY "linear_body.h"
 #include "each_isa.h"
 
+namespace swathe {
+namespace {
+
+// At most kTogether rows of x. Returns 0, or 1 without memory.
+int32_t project_some(const Linear& a) {
+  const LinearIsa& here = SWATHE_HERE(tables)[a.type];
+  const int64_t size = a.type == kFloat32 ? 4 : 2;
+  float* x = nullptr;
+  if (!a.pairs) {
+    x = scratch(a.M * a.width);
+    if (x == nullptr) return 1;
+    for (int64_t m = 0; m < a.M; ++m) {
+      here.widen(static_cast<const char*>(a.x) + m * a.x_stride * size, x + m * a.width, a.K);
+    }
+  }
+  int64_t columns = 0, bytes = 0;
+  for (int64_t i = 0; i < a.count; ++i) {
+    columns += a.of[i].N;
+    bytes += a.of[i].N * a.K * (a.of[i].scales == nullptr ? size : 1);
+  }
+  const int threads = threads_for(bytes, columns, static_cast<int>(a.threads));
+  parallel_for(columns, threads,
+               [&](int64_t begin, int64_t end) { here.project(a, begin, end, x); });
+  return 0;
+}
+
+}  // namespace
+}  // namespace swathe
+
 using namespace swathe;
 
 // Returns 0, or 1 without memory.
 SWATHE_API int32_t swathe_linear(const void* packed) {
   Linear a = {};
   std::memcpy(static_cast<LinearArguments*>(&a), packed, sizeof(LinearArguments));
-  const LinearIsa& here = SWATHE_HERE(tables)[a.type];
   const int64_t size = a.type == kFloat32 ? 4 : 2;
   a.width = (a.K + 15) / 16 * 16;
-  a.pairs = has_bf16_pairs();
-  float* x = scratch(a.M * a.width);
-  if (x == nullptr) return 1;
-  for (int64_t m = 0; m < a.M; ++m) {
-    here.widen(static_cast<const char*>(a.x) + m * a.x_stride * size, x + m * a.width, a.K);
+  a.pairs = a.type == kBFloat16 && isa() == kAvx512 && has_bf16_pairs();
+  for (int64_t rows = a.M; rows > 0; rows -= a.M) {
+    a.M = std::min(rows, kTogether);
+    if (project_some(a)) return 1;
+    a.x = static_cast<const char*>(a.x) + a.M * a.x_stride * size;
+    for (int64_t i = 0; i < a.count; ++i) {
+      a.of[i].y = static_cast<char*>(a.of[i].y) + a.M * a.of[i].N * size;
+    }
   }
-  int64_t columns = 0;
-  for (int64_t i = 0; i < a.count; ++i) columns += a.of[i].N;
-  const int threads = threads_for(columns * a.K * size, columns, static_cast<int>(a.threads));
-  parallel_for(columns, threads,
-               [&](int64_t begin, int64_t end) { here.project(a, begin, end, x); });
   return 0;
 }

@@ -45,7 +45,9 @@ void parallel_tasks(int64_t count, int threads, const Work& work) {
 }
 
 // This thread's scratch memory of at least so many floats, kept from call to call; null without.
-inline float* scratch(int64_t floats) {
+// Each number has its own.
+template <int number = 0>
+float* scratch(int64_t floats) {
   static thread_local std::unique_ptr<float[]> kept;
   static thread_local int64_t size = 0;
   if (size < floats) {

@@ -8,6 +8,7 @@ typedef float vf __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * SWATHE_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * SWATHE_LANES)));
+typedef int8_t vb __attribute__((vector_size(SWATHE_LANES)));
 typedef double vd __attribute__((vector_size(8 * SWATHE_LANES)));
 typedef uint64_t vq __attribute__((vector_size(4 * SWATHE_LANES)));
 
@@ -133,6 +134,20 @@ SWATHE_INLINE vf load(const float* p) {
   vf out;
   std::memcpy(&out, p, sizeof out);
   return out;
+}
+
+SWATHE_INLINE vf load(const int8_t* p) {
+#if SWATHE_LANES == 16
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#elif SWATHE_LANES == 8
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#else
+  vb bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, vi), vf);
+#endif
 }
 
 template <class T>

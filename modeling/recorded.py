@@ -25,6 +25,7 @@ from swathe.kernels.attention.api import Mask
 from swathe.kernels.core.program import NotRecordable, append, recording
 from swathe.modeling.cache import DynamicCache
 from swathe.modeling.layers.embedding import Rotation
+from swathe.modeling.layers.linear import being_read
 
 ROWS = 16  # tokens of all sequences; more are bound by products, not by Python
 Stream = tuple[Tensor, Tensor]
@@ -108,6 +109,7 @@ class RecordedLayers:
         self.position = array("q", [0])
         self.layers, self.policy = layers, body._kernel_policy
         self.threads = torch.get_num_threads()
+        self.int8 = being_read()
         self.buffers = [cache.buffers(i) for i in range(len(layers))]
         T, capacity = hidden.shape[1], self.buffers[0][0].shape[2]
         first, last = _bounds(mask, hidden, cache)
@@ -142,6 +144,7 @@ class RecordedLayers:
             or hidden.dtype != self.hidden.dtype
             or body._kernel_policy is not self.policy
             or torch.get_num_threads() != self.threads
+            or being_read() is not self.int8
             or len(layers) != len(self.layers)
             or any(now is not then for now, then in zip(layers, self.layers, strict=True))
         ):

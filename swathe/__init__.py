@@ -51,10 +51,11 @@ if TYPE_CHECKING:
     from swathe.modeling.families import *  # noqa: F403
     from swathe.modeling.generation.config import GenerationConfig
     from swathe.modeling.generation.streamer import TextStreamer
-    from swathe.modeling.hf.decode import generate
-    from swathe.modeling.hf.patching.api import patch, unpatch
-    from swathe.modeling.hf.patching.patch import patched
-    from swathe.modeling.hf.verify import verify
+    from swathe.modeling.hf.decode import generate as generate
+    from swathe.modeling.hf.equivalence import verify as verify
+    from swathe.modeling.hf.patching.api import patch as patch
+    from swathe.modeling.hf.patching.api import unpatch as unpatch
+    from swathe.modeling.hf.patching.patch import patched as patched
     from swathe.modeling.memory import memory_estimate
     from swathe.modeling.model import PreTrainedModel
     from swathe.modeling.policy import KernelPolicy, KernelReport
@@ -95,12 +96,9 @@ _HOME = {
     "explain": "swathe.kernels.catalog",
     "gated_mlp_act": "swathe.kernels.gated_mlp_act.api",
     "geglu": "swathe.kernels.gated_mlp_act.api",
-    "generate": "swathe.modeling.hf.decode",
     "layer_norm": "swathe.kernels.layer_norm.api",
     "linear_cross_entropy": "swathe.kernels.linear_cross_entropy.api",
     "memory_estimate": "swathe.modeling.memory",
-    "patch": "swathe.modeling.hf.patching.api",
-    "patched": "swathe.modeling.hf.patching.patch",
     "qk_norm_rotary": "swathe.kernels.qk_norm_rotary.api",
     "register_attention": "swathe.kernels.attention.api",
     "register_backend": "swathe.kernels.core.registry",
@@ -110,9 +108,7 @@ _HOME = {
     "rms_norm": "swathe.kernels.norm.api",
     "rotary": "swathe.kernels.rotary.api",
     "swiglu": "swathe.kernels.gated_mlp_act.api",
-    "unpatch": "swathe.modeling.hf.patching.api",
     "use_tuned": "swathe.kernels.tuner",
-    "verify": "swathe.modeling.hf.verify",
     "warmup": "swathe.modeling.warmup",
 }
 
@@ -151,12 +147,9 @@ __all__ = [
     "explain",
     "gated_mlp_act",
     "geglu",
-    "generate",
     "layer_norm",
     "linear_cross_entropy",
     "memory_estimate",
-    "patch",
-    "patched",
     "qk_norm_rotary",
     "register_attention",
     "register_backend",
@@ -166,16 +159,19 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
-    "unpatch",
     "use_tuned",
-    "verify",
     "warmup",
 ]
 
+# not in __all__: a star import shall not need transformers
+_NEED_TRANSFORMERS = ("generate", "patch", "patched", "unpatch", "verify")
+
 
 def __getattr__(name: str) -> Any:
-    if name == "hf":  # not in __all__: a star import shall not need transformers
+    if name == "hf":
         return import_module("swathe.hf")
+    if name in _NEED_TRANSFORMERS:
+        return getattr(import_module("swathe.hf"), name)
     home = _HOME.get(name)
     if home is None and name[:1].isupper():
         families = import_module("swathe.modeling.families")
@@ -191,4 +187,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NEED_TRANSFORMERS})

@@ -1,4 +1,8 @@
-"""swathe together with transformers; needs transformers 5.10 or newer (modeling/hf)."""
+"""swathe together with transformers; needs transformers 5.10 or newer (modeling/hf).
+
+Importing it makes attn_implementation="swathe" and "triton" known to transformers; the names below
+are imported when they are asked for.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ import torch
 
 from swathe.kernels.core.errors import BackendUnavailable
 
-ABI_VERSION = 7  # csrc/abi.h: SWATHE_ABI_VERSION
+ABI_VERSION = 8  # csrc/abi.h: SWATHE_ABI_VERSION
 ISAS = ("portable", "avx2", "avx512")
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_TENSOR = 3

@@ -15,7 +15,8 @@ class Shape(NamedTuple):
     biased: bool = False
 
 
-# small, odd, empty, on both sides of vectors (16), of 4 rows and columns and of 64 columns
+# small, odd, empty, on both sides of vectors (16), of 4 rows and columns, of 64 columns and, for
+# int8, of 256 rows
 EDGES = (
     Shape("no_rows", 0, 24, (5,)),
     Shape("no_columns", 3, 24, (0, 5)),
@@ -27,6 +28,7 @@ EDGES = (
     Shape("five_rows", 5, 100, (66, 2, 7), biased=True),
     Shape("most_rows", 16, 64, (48, 16)),
     Shape("more_rows", 17, 64, (48, 16)),
+    Shape("many_rows", 261, 33, (70, 5), biased=True),
     Shape("four_weights", 2, 576, (96, 32, 32, 64), biased=True),
     Shape("five_weights", 2, 64, (16, 8, 8, 8, 8)),
     Shape("smollm2_qkv", 1, 576, (576, 192, 192)),

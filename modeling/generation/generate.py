@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.generation.graph import captures, decoding, forget_graphs
+from swathe.modeling.generation.int8 import forget_int8, with_weights
 from swathe.modeling.generation.options import (
     check_cache,
     continuations,
@@ -72,6 +73,7 @@ class GenerationMixin:
         return_dict: bool = False,
         cache_implementation: str | None = None,
         cuda_graph: bool | Literal["auto"] = "auto",
+        weights: Literal["int8"] | None = None,
         **unknown: Any,
     ) -> Tensor | GenerateOutput:
         """Continue prompts (B, T): token ids (B, T + n), n <= max_new_tokens or max_length - T.
@@ -85,9 +87,9 @@ class GenerationMixin:
         `repetition_penalty` counts the prompt, not its padding. With do_sample=True apply
         `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
         `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
-        `streamer` gets the prompt, then each step's tokens. `cache_implementation` is "dynamic",
-        which grows, or "static", with its room at once and steps that `cuda_graph` "auto" captures
-        and replays where it can, see graph.py; True raises where it cannot.
+        `streamer` gets the prompt, then each step's tokens. `cache_implementation` "static" has its
+        room at once, and steps that `cuda_graph` captures, see graph.py. `weights` "int8" rounds
+        each projection's to a byte, on a CPU: other tokens in less time, see int8.py.
 
         Raises TypeError for unknown options and wrong types, ValueError for values out of range.
         """
@@ -102,16 +104,21 @@ class GenerationMixin:
         stop = StopStrings.of(stop_strings, tokenizer, len(prompt.ids), special.pad)
         graph = captures(cuda_graph, self, cache_implementation) and new > 1
         penalty, early = check_penalty(repetition_penalty), min_new_tokens > 0
+        model = with_weights(self, weights)
         policy = Policy(drawn, penalty, special.ends, special.pad, stop is not None, early)
-        room, cache = T + new, cache_implementation
-        with decoding(self, policy, prompt, room, generator, cache, graph) as (step, go):
+        made = decoding(model, policy, prompt, T + new, generator, cache_implementation, graph)
+        with made as (step, go):
             step.start(prompt, min_new_tokens)
-            sequences = _Run(self, prompt, new, step, go, stop, streamer).all_tokens()
+            sequences = _Run(model, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
     def forget_graphs(self) -> None:
         """Free the graphs that `generate` keeps for later calls, and their caches."""
         forget_graphs(self)
+
+    def forget_int8(self: Any) -> None:
+        """Free the int8 weights that `generate` keeps for later calls."""
+        forget_int8(self)
 
 
 class _Run:

@@ -13,7 +13,7 @@ OPTIONS = (
     "input_ids", "attention_mask", "max_new_tokens", "max_length", "min_new_tokens", "do_sample",
     "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "eos_token_id", "pad_token_id", "stop_strings", "tokenizer", "streamer", "generator",
-    "return_dict", "cache_implementation", "cuda_graph",
+    "return_dict", "cache_implementation", "cuda_graph", "weights",
 )  # fmt: skip
 _CACHES = (None, "dynamic", "static")
 _ELSEWHERE = {

@@ -25,11 +25,11 @@ from swathe.modeling.hf.registration import register
 if TYPE_CHECKING:
     from swathe.modeling.hf.attention import attention_options
     from swathe.modeling.hf.decode import generate
-    from swathe.modeling.hf.generate import with_generate, without_generate
+    from swathe.modeling.hf.equivalence import verify
+    from swathe.modeling.hf.generation import with_generate, without_generate
     from swathe.modeling.hf.patching.api import patch, unpatch
     from swathe.modeling.hf.patching.patch import patched
     from swathe.modeling.hf.share import from_hf, to_hf
-    from swathe.modeling.hf.verify import verify
 
 _HOME = {
     "attention_options": "attention",
@@ -39,9 +39,9 @@ _HOME = {
     "patched": "patching.patch",
     "to_hf": "share",
     "unpatch": "patching.api",
-    "verify": "verify",
-    "with_generate": "generate",
-    "without_generate": "generate",
+    "verify": "equivalence",
+    "with_generate": "generation",
+    "without_generate": "generation",
 }
 
 __all__ = [

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -131,17 +132,9 @@ def _forward(
         grad=wants_gradient(query, key, value, s_aux, mask.bias),
     )
     backend = _backend(asked, _options.fallback, call)
-    if output_attentions:
-        if sinks is not None:
-            raise UnsupportedFeature(
-                "attention: weights (output_attentions=True) beside a sink for every row (sinks) "
-                "are not served; use attn_implementation='eager'"
-            )
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        spec = AttentionSpec(mask, scale, dropout, softcap, sinks=s_aux)
-        o, weights = attention_with_weights(query, key, value, spec)
-        return o.contiguous(), weights
     numbers: Any = {"scale": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
+    if output_attentions:
+        return _with_weights(query, key, value, mask, sinks, **numbers)
     if sinks is None:
         o = attention(query, key, value, mask, **numbers, implementation=backend)
         return o.contiguous(), None
@@ -149,6 +142,20 @@ def _forward(
     # what a key of value 0 and logit `sinks` leaves of a row's weight
     left = torch.sigmoid(lse - sinks[..., 0].float()).transpose(1, 2)[..., None]
     return (o * left).to(o.dtype).contiguous(), None
+
+
+def _with_weights(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, row_sinks: Tensor | None, **numbers: Any
+) -> tuple[Tensor, Tensor]:
+    if row_sinks is not None:
+        raise UnsupportedFeature(
+            "attention: weights (output_attentions=True) beside a sink for every row (sinks) are "
+            "not served; use attn_implementation='eager'"
+        )
+    scale = numbers.pop("scale")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, weights = attention_with_weights(q, k, v, AttentionSpec(mask, scale, **numbers))
+    return o.contiguous(), weights
 
 
 def swathe_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -179,17 +186,23 @@ class _Kept(NamedTuple):
     """A Mask, and what it was made of: layers ask for the same few, one after the other."""
 
     facts: tuple[Any, ...]
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[ref[Tensor] | None, ...]
     versions: tuple[int, ...]
     mask: Mask
 
     def fits(self, facts: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> bool:
-        same = all(one is other for one, other in zip(self.tensors, tensors, strict=True))
+        """Whether the mask says the same as these would."""
+        held = (None if each is None else each() for each in self.tensors)
+        same = all(one is other for one, other in zip(held, tensors, strict=True))
         return same and self.facts == facts and self.versions == tuple(map(_version, tensors))
 
 
 _kept: list[_Kept] = []
 _KEEP = 4  # kinds of layers in a model, and their masks
+
+
+def _forget(gone: ref[Tensor]) -> None:
+    _kept[:] = [kept for kept in _kept if not any(each is gone for each in kept.tensors)]
 
 
 def _version(t: Tensor | None) -> int:
@@ -212,11 +225,13 @@ def _mask(
         return _made(given, *parts, borders)
     facts = (q.shape[0], q.shape[2], q.device, torch.is_inference_mode_enabled(), *parts[1:])
     tensors = (given, *borders)
-    for kept in _kept:
+    for kept in tuple(_kept):
         if kept.fits(facts, tensors):
             return kept.mask
     mask = _made(given, *parts, borders)
-    _kept[:] = [_Kept(facts, tensors, tuple(map(_version, tensors)), mask), *_kept[: _KEEP - 1]]
+    held = tuple(None if t is None else ref(t, _forget) for t in tensors)
+    made = _Kept(facts, held, tuple(map(_version, tensors)), mask)
+    _kept[:] = [made, *_kept[: _KEEP - 1]]
     return mask
 
 

@@ -120,7 +120,7 @@ def _wide(model: nn.Module, batch: Batch, names: list[str], dtype: torch.dtype) 
     }
     device = next(model.parameters()).device.type
     casts = Widened() if dtype == torch.float64 else nullcontext()
-    with casts, fit_for_fp64(model), torch.autocast(device, enabled=False):
+    with casts, _created_in(dtype), fit_for_fp64(model), torch.autocast(device, enabled=False):
         model.eval()
         torch.manual_seed(batch.seed)
         with torch.no_grad():
@@ -132,6 +132,16 @@ def _wide(model: nn.Module, batch: Batch, names: list[str], dtype: torch.dtype) 
     run.loss = loss.detach()
     run.gradients = dict(zip(names, found, strict=True))
     return run
+
+
+@contextmanager
+def _created_in(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

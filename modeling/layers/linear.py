@@ -2,12 +2,16 @@
 
 A Linear is an nn.Linear in everything else: parameters, isinstance, gradients, hooks. `project`
 runs several of the same input in one call where nothing hangs on any of them. Weights that fit into
-caches, many rows, and all that needs gradients go to torch without a detour.
+caches, many rows, and all that needs gradients go to torch without a detour. While `reading`, a
+Linear computes with weights in int8 that lie beside its own, at any number of rows.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,21 @@ from swathe.modeling.policy import KernelModule
 ROWS = 16  # at most so many are few
 SMALL = 1 << 16  # elements of a weight that is read from a cache
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Int8(NamedTuple):
+    """A weight in int8 (N, K), its scales (N,), and the backend that reads them."""
+
+    weight: Tensor
+    scales: Tensor
+    choice: Choice
+
+
+class _Here(threading.local):
+    int8: Mapping[nn.Module, Int8] | None = None
+
+
+_here = _Here()
 
 
 class Linear(KernelModule, nn.Linear):
@@ -41,6 +60,9 @@ class Linear(KernelModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
+        int8 = int8_of(self)
+        if int8 is not None:
+            return _read(x, (self,), (int8,))[0]
         if _to_torch(x, self.few):
             return F.linear(x, self.weight, self.bias)
         return linear(x, (self.weight,), (self.bias,), implementation=self.choice)[0]
@@ -50,11 +72,47 @@ class Linear(KernelModule, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, backend={self.choice.backend}"
 
 
+@contextmanager
+def reading(int8: Mapping[nn.Module, Int8]) -> Iterator[None]:
+    """Have each Linear in `int8` compute with what it has there, in this thread."""
+    before, _here.int8 = _here.int8, int8
+    try:
+        yield
+    finally:
+        _here.int8 = before
+
+
+def being_read() -> Mapping[nn.Module, Int8] | None:
+    """What this thread is `reading`."""
+    return _here.int8
+
+
+def int8_of(module: nn.Module) -> Int8 | None:
+    """What the module computes with instead of its weight, if this thread is `reading` it."""
+    if torch.compiler.is_compiling() or _here.int8 is None:
+        return None
+    return _here.int8.get(module)
+
+
+def _read(x: Tensor, projections: tuple[Any, ...], int8: tuple[Int8, ...]) -> tuple[Tensor, ...]:
+    return linear(
+        x,
+        tuple(held.weight for held in int8),
+        tuple(p.bias for p in projections),
+        scales=tuple(held.scales for held in int8),
+        implementation=int8[0].choice,
+    )
+
+
 def project(x: Tensor, *projections: Any) -> tuple[Tensor, ...]:
     """Every projection, a module each, of x (..., features)."""
     first = projections[0]
-    if _to_torch(x, getattr(first, "few", 0)) or not all(_is_bare(p, first) for p in projections):
+    small = int8_of(first) is None and _to_torch(x, getattr(first, "few", 0))
+    if small or not all(_is_bare(p, first) for p in projections):
         return tuple([p(x) for p in projections])
+    int8 = tuple(held for p in projections if (held := int8_of(p)) is not None)
+    if int8:
+        return _read(x, projections, int8)
     weights = tuple(p.weight for p in projections)
     return linear(x, weights, tuple(p.bias for p in projections), implementation=first.choice)
 
@@ -67,9 +125,11 @@ def _to_torch(x: Tensor, few: int) -> bool:
 
 
 def _is_bare(module: Any, like: Any) -> bool:
-    """Whether a call of `module` is its weights and nothing else, by the same backend."""
-    same = type(module) is Linear and module.choice.backend == like.choice.backend
-    return same and beside_weights(module) is None
+    """Whether a call of `module` is its weights and nothing else, of the same kind and backend."""
+    if type(module) is not Linear or module.choice.backend != like.choice.backend:
+        return False
+    alike = (int8_of(module) is None) == (int8_of(like) is None)
+    return alike and beside_weights(module) is None
 
 
 def beside_weights(projection: nn.Module) -> str | None:

@@ -14,13 +14,15 @@ from support.hf_attention import (
     CROSSED,
     DECODERS,
     MODELS,
+    NEWER,
     attention_of,
     distance,
     example,
     made,
     padding,
 )
-from swathe.modeling.hf.generate import CACHE
+from swathe.modeling.hf import masks
+from swathe.modeling.hf.generation import CACHE
 
 STATIC = sorted(DECODERS)
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -48,6 +50,16 @@ def test_logits_and_gradients_of_triton(name: str, side: str) -> None:
     assert distance(name, example(name, side), "triton") is None
 
 
+@pytest.mark.parametrize("asked", ["swathe", "triton"])
+@pytest.mark.parametrize(("name", "side"), [("mistral", "left"), ("bert", "right")])
+def test_padding_that_is_not_looked_at(
+    name: str, side: str, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is on a GPU, where the flags of keys are handed on."""
+    monkeypatch.setattr(masks, "looked_at", lambda held: False)
+    assert distance(name, example(name, side), asked) is None
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bert"])
 def test_half_precision(name: str) -> None:
     at = example(name, "right")
@@ -67,6 +79,8 @@ def test_half_precision(name: str) -> None:
 @pytest.mark.parametrize("kind", [None, "static"])
 @pytest.mark.parametrize("name", [*STATIC, "bart", "whisper"])
 def test_generate(name: str, kind: str | None) -> None:
+    if (name, kind, NEWER) == ("llama4_text", "static", False):
+        pytest.skip("transformers 5.10 fails itself")
     model = made(name)
     inputs: dict[str, Any] = {"input_ids": tokens(3), "attention_mask": padding("left")}
     if name in CROSSED:
@@ -78,6 +92,17 @@ def test_generate(name: str, kind: str | None) -> None:
     expected = model.generate(**inputs, **options)
     with attention_of(model, "swathe"):
         assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_ways_of_decoding(name: str, way: dict[str, Any]) -> None:
+    model, ids = made(name), tokens(1, 9)
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, **way}
+    given = {"attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, **given, **options)
+    with attention_of(model, "swathe"):
+        assert torch.equal(model.generate(ids, **given, **options), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "llama4_text"])
@@ -119,7 +144,7 @@ def packed() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("way", ["positions", "borders", "both"])
 @torch.no_grad()
 def test_packed_documents_are_separate(name: str, way: str) -> None:
-    if (name, way) == ("llama4_text", "borders"):
+    if name == "llama4_text" and (way == "borders" or not NEWER):
         pytest.skip("chunks are counted from position 0, which positions alone say")
     if (name, way) == ("gpt_oss", "positions"):
         pytest.skip("the model does not show transformers its positions")

@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support.families import tokens
 from support.hf_attention import attention_of, example, made, padding, run
 from swathe.modeling.hf import attention
 from swathe.modeling.hf.attention import FORWARDS
-from swathe.modeling.hf.generate import CACHE
+from swathe.modeling.hf.generation import CACHE
 from swathe.modeling.hf.masks import interval_mask
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -161,18 +163,44 @@ def test_keys_that_an_indexer_picked() -> None:
 
 
 def test_masks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_of: list[Tensor | None] = []
+    made_of: list[str] = []
     real = attention._made
 
     def spy(given: Tensor | None, *rest: Any) -> Any:
-        made_of.append(given)
+        made_of.append(str(None if given is None else given.dtype))
         return real(given, *rest)
 
     monkeypatch.setattr(attention, "_made", spy)
     model = made("gemma3_text")  # seven layers of two kinds
     with attention_of(model, "swathe"), torch.no_grad():
         model(tokens(3), attention_mask=padding("left"))
-    assert len(made_of) == 2
+    assert made_of == ["torch.int32"] * 2
+    assert not [kept for kept in attention._kept if kept.tensors[0] is not None]  # they are gone
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all that torch's operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.Size] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.seen |= {t.shape for t in tree_leaves(found) if isinstance(t, Tensor)}
+        return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "llama4_text", "bert"])
+def test_no_mask_of_queries_by_keys(name: str) -> None:
+    model, ids = made(name), tokens(2, 61)
+    mask = torch.ones(2, 61, dtype=torch.long)
+    mask[0, :7] = mask[1, 3] = 0  # one has a hole
+    for given in ({}, {"attention_mask": mask}):
+        for attn, squares in (("swathe", False), ("eager", True)):
+            with attention_of(model, attn), Shapes() as shapes:
+                model(ids, **given).logits.sum().backward()
+            assert any(shape[-2:] == (61, 61) for shape in shapes.seen) == squares, attn
 
 
 def test_what_is_kept_is_not_mistaken() -> None:

@@ -29,7 +29,7 @@ from support.hf_patching import (
 
 pytest.importorskip("transformers")
 
-from swathe.modeling.hf.patching import layers, norms, rotations
+from swathe.modeling.hf.patching import layers, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.prove import prove
 from swathe.modeling.hf.patching.swaps import is_fused
@@ -255,6 +255,20 @@ def test_norms_that_are_patched_themselves_are_joined_too(
             assert len(calls) == 2
             undo.restore()
             assert not any(is_fused(type(module)) for module in model.modules())
+
+
+def test_triton_serves_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there it is interpreted
+    model, ids = tiny("qwen3", num_hidden_layers=1).to(device), token_ids(5).to(device)
+    own = outcome(model, ids)
+    _, found, _ = apply(model, qk_norms, layers, backend="triton")
+    assert {(c.op, c.backend) for c in found} == {
+        ("qk_norm_rotary", "triton"),
+        ("residual_norm", "triton"),
+    }
+    calls = counted(monkeypatch, *CALLS)
+    assert_equal(outcome(model, ids), own, 1e-4)
+    assert calls == ["rms_norm"]
 
 
 def test_it_can_be_switched_off() -> None:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from support.tiny_causal import OWN, TINY, V, batch, step, tiny, with_lora
 from swathe.modeling.hf.patching.lazy_logits import LazyLogits
@@ -226,14 +227,14 @@ def test_hooks_of_the_head_see_logits(when: str) -> None:
 
 def test_a_forward_that_needs_the_logits_keeps_them() -> None:
     class Penalised(transformers.LlamaForCausalLM):
-        def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        def forward(  # type: ignore[override]
+            self, input_ids: Any = None, labels: Any = None, **kwargs: Any
+        ) -> Any:
             output = self.model(input_ids)
             logits = self.lm_head(output.last_hidden_state)
             penalty = logits.logsumexp(-1).square().mean()
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-            return transformers.modeling_outputs.CausalLMOutputWithPast(
-                loss=loss + 0.1 * penalty, logits=logits
-            )
+            return CausalLMOutputWithPast(loss=loss + 0.1 * penalty, logits=logits)
 
     torch.manual_seed(0)
     model = Penalised(transformers.LlamaConfig(**TINY)).train()
@@ -273,7 +274,7 @@ def models_left_alone() -> Iterator[tuple[Any, str]]:
     custom = tiny("llama")
     custom.loss_function = lambda logits, labels, **_: logits.mean()
     yield custom, "its loss is <lambda>, not transformers' ForCausalLMLoss"
-    bert = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    bert: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     config = transformers.BertConfig(**bert, num_attention_heads=4, vocab_size=V)
     yield transformers.BertForMaskedLM(config), "does not call self.loss_function"
     sized = transformers.T5Config(vocab_size=V, d_model=32, d_ff=48, num_layers=1, num_heads=4)
@@ -342,6 +343,39 @@ def test_under_forwards_that_others_have_put_there() -> None:
     assert isinstance(wrapped(**batch()).logits, LazyLogits)
     wrapped.forward = MethodType(own, wrapped)  # what accelerate's unwrap_model leaves
     torch.testing.assert_close(wrapped(**batch()).loss, expected, atol=2e-6, rtol=0)
+
+
+def test_replicas_of_data_parallel_run_their_own_forward() -> None:
+    model = tiny("llama")
+    loss_only(model)
+    replica: Any = model._replicate_for_data_parallel()
+    replica.model, replica.lm_head = model.model, model.lm_head
+    assert type(replica(**batch()).logits) is Tensor
+    assert isinstance(model(**batch()).logits, LazyLogits)
+    unpatch(model)
+    assert "_replicate_for_data_parallel" not in vars(model)
+
+
+def test_a_head_behind_a_norm_that_is_patched_too() -> None:
+    config = transformers.BertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=V,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    loss, own = step(model)
+    report = patch(model, backend="cpp", cross_entropy=True)
+    assert outcome(report)[REAL] == "patched" and len(report.patched) > 1, report
+    ours, grads = step(model)
+    torch.testing.assert_close(ours, loss, atol=2e-6, rtol=0)
+    torch.testing.assert_close(grads, own, atol=1e-5, rtol=1e-4)
 
 
 def test_autocast() -> None:

@@ -21,7 +21,8 @@ pytest.importorskip("transformers")
 
 from swathe.modeling.hf.patching import layers
 from swathe.modeling.hf.patching.options import Options
-from swathe.modeling.hf.patching.rewriting import Unreadable, in_place, rewritten, sites
+from swathe.modeling.hf.patching.rewriting import in_place, rewritten, sites
+from swathe.modeling.hf.patching.sources import Unreadable
 from swathe.modeling.hf.patching.swaps import is_fused
 
 TANH = "torch.tanh(self.norm(h))"

@@ -19,7 +19,7 @@ from support.families import FAMILIES, TINY, pair, tokens
 from swathe.modeling.families.llama.configuration_llama import LlamaConfig
 from swathe.modeling.families.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from swathe.modeling.generation.generate import GenerateOutput
-from swathe.modeling.hf.generate import CACHE
+from swathe.modeling.hf.generation import CACHE
 
 NEW = 12
 NAMED = ("llama", "qwen3", "gemma2", "mixtral")

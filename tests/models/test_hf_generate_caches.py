@@ -18,7 +18,7 @@ from support.families import FAMILIES, pair, tokens
 from swathe.kernels.attention.api import Mask, attention
 from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.cache_protocol import METHODS, KeyValueCache, LayerMasks, fitted
-from swathe.modeling.hf.generate import CACHE, new_cache
+from swathe.modeling.hf.generation import CACHE, new_cache
 
 CLOSE: Any = {"atol": 1e-5, "rtol": 1e-5}
 LENGTH = 13  # past the tiny families' windows of 5

@@ -17,6 +17,8 @@ import swathe.hf
 from support.families import FAMILIES, TINY, WINDOWED, tokens
 
 assert {"swathe", "triton"} <= set(AttentionInterface().valid_keys()), swathe.hf
+# transformers 5.10 has neither places within packed documents nor T5 on its interface
+NEWER = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 EXACT = "exact"  # attention as the formula has it, in the dtype of its inputs
 
 SMALL: dict[str, Any] = {"vocab_size": 99, "max_position_embeddings": 64}
@@ -217,7 +219,8 @@ def distance(name: str, at: Example, asked: str = "swathe") -> str | None:
     theirs = run(model, at)
     with attention_of(model, asked):
         found = run(model, at)
-    assert found[1].keys() == theirs[1].keys()
+    if found[1].keys() != theirs[1].keys():
+        return f"{name}: no gradient reaches {theirs[1].keys() - found[1].keys()}"
     triples = [("logits", found[0], theirs[0], exact[0])]
     triples += [(n, found[1][n], theirs[1][n], exact[1][n]) for n in exact[1]]
     scale = max(float(g.norm()) for g in exact[1].values())

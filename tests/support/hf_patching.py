@@ -51,6 +51,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "phi3": {"partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.5, "use_parallel_residual": False},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 2, "rope_parameters": _YARN},
+    # heads of 512 features with a softmax of unscaled scores would magnify every rounding
+    "gemma4_text": {
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+    },
+    "laguna": {
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
     "llama4_text": {"num_local_experts": 1, "intermediate_size_mlp": 48},
@@ -115,7 +127,7 @@ def outcome(model: nn.Module, ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
     model.zero_grad()
     given: Any = model(ids, use_cache=False, **kwargs)
     logits = given.logits
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    weights = torch.linspace(-1, 1, logits.numel()).to(logits).view_as(logits)
     (logits * weights).sum().backward()
     # a compiled model names its parameters by the module inside it
     gradients = {

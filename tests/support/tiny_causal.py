@@ -70,7 +70,7 @@ def step(model: Any, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
 class LoRA(nn.Module):
     """What PEFT puts in the place of a Linear."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base_layer: Any = base
         self.lora_A = nn.Linear(base.in_features, 4, bias=False)

@@ -71,6 +71,13 @@ class LazyForward:
         finally:
             setattr(head, FLAG, False)
 
+    def replica(self) -> nn.Module:
+        """What nn.DataParallel runs: without this forward, which is bound to the one model."""
+        made: nn.Module = nn.Module._replicate_for_data_parallel(self.model)
+        if self.own is None:
+            vars(made).pop("forward")
+        return made
+
     def _own(self, args: Any, kwargs: Any) -> Any:
         if self.own is None:
             return type(self.model).forward(self.model, *args, **kwargs)
@@ -108,11 +115,12 @@ class CausalLMLoss:
             targets = shifted(REAL, labels, ignore_index)
         if targets is None or not self._serves(logits, targets, vocab_size, num_items_in_batch):
             own = logits.real() if isinstance(logits, LazyLogits) else logits
+            given: Any = num_items_in_batch
             return ForCausalLMLoss(
                 logits=own,
                 labels=labels,
                 vocab_size=vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=given,
                 ignore_index=ignore_index,
                 shift_labels=shift_labels,
                 **kwargs,

@@ -32,7 +32,8 @@ from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.prove import Call, private, prove
 from swathe.modeling.hf.patching.rebinding import rewrapped, why_not_rewrapped, wrappers
 from swathe.modeling.hf.patching.report import Candidate, Proof
-from swathe.modeling.hf.patching.rewriting import Unreadable, in_place, rewritten, sites
+from swathe.modeling.hf.patching.rewriting import in_place, rewritten, sites
+from swathe.modeling.hf.patching.sources import Unreadable
 from swathe.modeling.hf.patching.swaps import Forward, Undo, fused_class, hooked, recipe
 
 OP = "residual_norm"
@@ -87,7 +88,7 @@ def _joined_candidate(
 ) -> Candidate:
     norms = {name: module.get_submodule(name) for name in forms}
     joined = tuple(
-        (name, _own_class(norms[name]), form, _only(norms[name], form))
+        (name, own_class(norms[name]), form, _only(norms[name], form))
         for name, form in forms.items()
     )
 
@@ -133,7 +134,7 @@ def add_norm(
     in_autocast = form.in_autocast
 
     def joined(norm: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        if not hooked(norm) and _own_class(norm) is cls:
+        if not hooked(norm) and own_class(norm) is cls:
             weight = None if weight_name is None else getattr(norm, weight_name)
             bias = None if bias_name is None else getattr(norm, bias_name)
             if (
@@ -178,17 +179,17 @@ def _may_be_a_norm(module: nn.Module) -> bool:
 
 def _form_at(module: nn.Module, name: str) -> Form | None:
     norm = module._modules.get(name)
-    return norm_form(_bare(norm)) if norm is not None and _may_be_a_norm(norm) else None
+    return norm_form(bare(norm)) if norm is not None and _may_be_a_norm(norm) else None
 
 
-def _bare(norm: nn.Module) -> nn.Module:
+def bare(norm: nn.Module) -> nn.Module:
     """A copy with the same tensors and without hooks, of the class that it had."""
     made = private(norm, lambda t: t)
-    made.__class__ = _own_class(norm)
+    made.__class__ = own_class(norm)
     return made
 
 
-def _own_class(norm: nn.Module) -> type[nn.Module]:
+def own_class(norm: nn.Module) -> type[nn.Module]:
     """Its class, before the norm itself was patched."""
     made_of: tuple[type[nn.Module], Any] = getattr(norm, "_swathe_made_of", (type(norm), ()))
     return made_of[0]
@@ -226,7 +227,7 @@ class _SumAndNorm(nn.Module):
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.norm = _bare(norm)
+        self.norm = bare(norm)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         total = a + b

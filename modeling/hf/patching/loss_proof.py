@@ -39,21 +39,24 @@ def prove_loss(model: PreTrainedModel, head: str, *, lazy: bool, backend: str) -
     `head` is the name of its output embeddings. With `lazy`, a forward that makes the logits real
     before the loss fails. A proof holds for every model with the same class and numbers.
     """
-    body = model.base_model_prefix
+    body = _body(model)
     linear: Any = model.get_submodule(head) if head else None
     weight = getattr(linear, "weight", None)
-    if model.base_model is model or not isinstance(weight, Tensor):
+    if body is None or not isinstance(weight, Tensor):
         return Proof(inf, "", "its body and head cannot be told apart")
     K = getattr(linear, "in_features", weight.shape[-1])
     bias = getattr(linear, "bias", None) is not None
     dtype = weight.dtype if weight.is_floating_point() else model.dtype
-    key = (_numbers(model), head, K, bias, dtype, weight.device, lazy, backend)
+    real = getattr(model, body)
+    settings = model.config.to_json_string(use_diff=False), _numbers(model), _numbers(real)
+    key = (type(model), settings, head, K, bias, dtype, weight.device, lazy, backend)
     if key not in _proofs:
         classes = min(V, model.config.get_text_config().vocab_size)
         where: dict[str, Any] = {"dtype": dtype, "device": weight.device}
-        parts = {head: nn.Linear(K, classes, bias=bias, **where), body: _Noise(K, **where)}
+        parts = {head: nn.Linear(K, classes, bias=bias, **where), body: _Noise(real, K, **where)}
         light = _light(model, parts, classes)
-        _proofs[key] = _proven(_Probe(light), head, classes, CausalLMLoss(backend, lazy=lazy))
+        loss = CausalLMLoss(backend, lazy=lazy)
+        _proofs[key] = _proven(_Probe(light, body), head, classes, loss)
     return _proofs[key]
 
 
@@ -79,10 +82,22 @@ def _proven(probe: _Probe, head: str, classes: int, loss: CausalLMLoss) -> Proof
     return proof
 
 
-def _numbers(model: PreTrainedModel) -> Hashable:
-    """Class, configuration, and what else a forward may read."""
-    own = {k: v for k, v in vars(model).items() if isinstance(v, int | float) and k != "training"}
-    return type(model), model.config.to_json_string(use_diff=False), tuple(sorted(own.items()))
+def _body(model: PreTrainedModel) -> str | None:
+    """The name of the part that makes hidden states."""
+    if model.base_model is not model:
+        return model.base_model_prefix
+    inner = _models_in(model)
+    return inner[0] if len(inner) == 1 else None
+
+
+def _models_in(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_children() if isinstance(part, PreTrainedModel)]
+
+
+def _numbers(module: nn.Module) -> tuple[tuple[str, float], ...]:
+    """What a forward may read off a module beside its parameters."""
+    own = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and k != "training"}
+    return tuple(sorted(own.items()))
 
 
 def _calls(classes: int, device: torch.device) -> Iterator[Call]:
@@ -116,26 +131,36 @@ class _States(ModelOutput):
 
 
 class _Noise(nn.Module):
-    """Stands for a model's body: a parameter, so that its gradient is compared."""
+    """Stands for a model's body: a parameter, so that its gradient is compared.
 
-    def __init__(self, K: int, dtype: torch.dtype, device: torch.device) -> None:
+    It has the body's numbers, and is what the body's own parts are.
+    """
+
+    def __init__(self, body: nn.Module, K: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.hidden = nn.Parameter(torch.zeros(B, T, K, dtype=dtype, device=device))
         self.size = 1.0
+        self.numbers, self.inner = dict(_numbers(body)), _models_in(body)
 
     def forward(self, *_: Any, **__: Any) -> _States:
         # the proof draws parameters of size 1 / sqrt(K)
         return _States(self.hidden * (self.size * self.hidden.shape[-1] ** 0.5))
 
+    def __getattr__(self, name: str) -> Any:
+        own = vars(self)
+        if name in own.get("numbers", ()):
+            return own["numbers"][name]
+        return self if name in own.get("inner", ()) else super().__getattr__(name)
+
 
 class _Probe(nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, body: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.body = model, body
 
     def forward(self, labels: Tensor, size: float) -> Tensor:
         model: Any = self.model
-        getattr(model, model.base_model_prefix).size = size
+        getattr(model, self.body).size = size
         inputs = {model.main_input_name: labels.clamp(min=0), "labels": labels}
         loss: Tensor = type(model).forward(model, **inputs, return_dict=True).loss
         return loss

@@ -110,7 +110,9 @@ def _lazy(path: str, model: PreTrainedModel, options: Options) -> Candidate:
         undo.swap_class(head, lazy_class(type(head)))
         undo.set(head, FLAG, False)
         name = "_old_forward" if "_old_forward" in vars(model) else "forward"
-        undo.set(model, name, LazyForward(model, vars(model).get(name)))
+        forward = LazyForward(model, vars(model).get(name))
+        undo.set(model, name, forward)
+        undo.set(model, "_replicate_for_data_parallel", forward.replica)
         undo.set(model, "loss_function", CausalLMLoss(options.backend, lazy=True))
 
     return Candidate(where, head, LAZY, backend, prove=lambda: proof, apply=apply)

@@ -18,19 +18,21 @@ from torch import nn
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
-from swathe.modeling.hf.patching import layers, losses, mlps, norms, rotations
+from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
 from swathe.modeling.hf.patching.swaps import Undo
 from swathe.modeling.model import PreTrainedModel
 
-# a form that contains another (a layer its norms) comes after it
+# a form that contains another (a layer its norms) comes after it; the proof of a loss runs what
+# stands between body and head, in fp64 too, and so comes before that is patched
 FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
+    losses.find,
     norms.find,
     mlps.find,
+    qk_norms.find,
     rotations.find,
     layers.find,
-    losses.find,
 )
 
 _KEPT = "_swathe_patch"

@@ -8,34 +8,25 @@
 
 The operands of the sum stay the expressions they are, a dropout or a factor included. The norm must
 be called in the statement after the sum, copies of it aside, and whatever happens: not in a branch.
-The new function is compiled from text that tracebacks and inspect can show. Its globals are the
-module's own.
 """
 
 from __future__ import annotations
 
 import ast
-import dis
-import inspect
-import linecache
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from types import CellType, CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
-from swathe.modeling.hf.patching.rebinding import with_body
+from swathe.modeling.hf.patching.sources import Flags, blocks, compiled, parsed, self_call
 
 _CALL = "_swathe_add_norm"
 _NORMED = "_swathe_normed"
 # what is computed only sometimes, or later
 _MAYBE = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp)
 _MAYBE_TOO = (ast.GeneratorExp, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.Compare)
-
-Flags = tuple[tuple[str, bool], ...]
-_LAYOUT = ("PUSH_NULL", "PRECALL", "CACHE", "NOP", "EXTENDED_ARG")
 
 
 @dataclass(frozen=True)
@@ -54,10 +45,6 @@ class Site:
         return all(bool(getattr(module, name, wanted)) is wanted for name, wanted in self.flags)
 
 
-class Unreadable(ValueError):
-    """Why a forward cannot be rewritten."""
-
-
 @cache
 def sites(function: FunctionType) -> tuple[Site, ...]:
     """Every sum in `function` that a method `self.name(sum)` of one argument takes next.
@@ -65,7 +52,7 @@ def sites(function: FunctionType) -> tuple[Site, ...]:
     Whether that is a norm is not known here. Raises Unreadable where there is no source, or another
     than what `function` was compiled of.
     """
-    tree = _parsed(function)
+    tree = parsed(function)
     return tuple(Site(pair.name, pair.text, flags) for pair, flags in _pairs(tree))
 
 
@@ -73,7 +60,7 @@ def sites(function: FunctionType) -> tuple[Site, ...]:
 def in_place(function: FunctionType) -> tuple[str, ...]:
     """Names of what is called with a sum formed in place (`h += x`), which no call replaces."""
     found = []
-    for block, _ in _blocks(_parsed(function)):
+    for block, _ in blocks(parsed(function)):
         for statement, following in pairwise(block):
             if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
                 names = {statement.target.id} if isinstance(statement.target, ast.Name) else set()
@@ -89,16 +76,16 @@ def rewritten(
 
     Tracebacks show the new source as a file called `title`.
     """
-    tree = _parsed(function)
+    tree = parsed(function)
     used: dict[str, Callable[..., Any]] = {}
     for number, (pair, _) in enumerate(list(_pairs(tree))):
         if pair.name in calls:
             name = f"{_CALL}_{pair.name}"
             used[name] = calls[pair.name]
             pair.join(name, f"{_NORMED}_{number}")
-    for block, _ in list(_blocks(tree)):
+    for block, _ in list(blocks(tree)):
         block[:] = [s for statement in block for s in (statement, *_dropped(statement))]
-    return with_body(function, _compiled(tree, function, used, title))
+    return compiled(tree, function, used, title)
 
 
 @dataclass
@@ -144,7 +131,7 @@ class _Replace(ast.NodeTransformer):
 
 
 def _pairs(tree: ast.FunctionDef) -> Iterator[tuple[_Pair, Flags]]:
-    for block, flags in _blocks(tree):
+    for block, flags in blocks(tree):
         for i, statement in enumerate(block):
             for call in _calls(statement):
                 argument = call.args[0]
@@ -169,29 +156,6 @@ def _pair(
     name: str = call.func.attr  # type: ignore[attr-defined]
     text = f"self.{name}({ast.unparse(total)})"
     return _Pair(name, text, total, call, assignment, statement)
-
-
-def _blocks(tree: ast.AST, flags: Flags = ()) -> Iterator[tuple[list[ast.stmt], Flags]]:
-    """Lists of statements that run one after another; not those of functions and classes inside."""
-    for field in ("body", "orelse", "finalbody"):
-        block = getattr(tree, field, None)
-        if isinstance(block, list) and block:
-            inside = (*flags, *_flag(tree, field == "body"))
-            yield block, inside
-            for statement in block:
-                if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    yield from _blocks(statement, inside)
-
-
-def _flag(tree: ast.AST, wanted: bool) -> Flags:
-    """The attribute that `if self.name:` or `if not self.name:` depends on."""
-    if not isinstance(tree, ast.If):
-        return ()
-    test = tree.test
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        test, wanted = test.operand, not wanted
-    is_flag = isinstance(test, ast.Attribute) and ast.unparse(test.value) == "self"
-    return ((test.attr, wanted),) if is_flag else ()  # type: ignore[attr-defined]
 
 
 def _sum(statement: ast.stmt) -> ast.BinOp | None:
@@ -236,89 +200,7 @@ def _calls(statement: ast.stmt) -> Iterator[ast.Call]:
 def _calls_in(node: ast.AST) -> Iterator[ast.Call]:
     if isinstance(node, _MAYBE + _MAYBE_TOO):
         return
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "self"
-        and len(node.args) == 1
-        and not node.keywords
-    ):
-        yield node
+    if self_call(node) is not None:
+        yield node  # type: ignore[misc]
     for child in ast.iter_child_nodes(node):
         yield from _calls_in(child)
-
-
-def _parsed(function: FunctionType) -> ast.FunctionDef:
-    """The definition, without its decorators and annotations. Raises Unreadable."""
-    try:
-        text = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError) as error:
-        raise Unreadable("its source is not to be had") from error
-    try:
-        (tree,) = ast.parse(text).body
-    except (SyntaxError, ValueError) as error:
-        raise Unreadable("its source is no function of its own") from error
-    if not isinstance(tree, ast.FunctionDef):
-        raise Unreadable("its source is no plain function")
-    if any(_is_private(node) for node in ast.walk(tree)):
-        raise Unreadable("it reads names that are private to its class")
-    tree.decorator_list, tree.returns = [], None
-    parameters = tree.args
-    for a in ast.walk(parameters):
-        if isinstance(a, ast.arg):
-            a.annotation = None
-    # the values are taken from the function itself
-    parameters.defaults = [ast.Constant(None) for _ in parameters.defaults]
-    parameters.kw_defaults = [d and ast.Constant(None) for d in parameters.kw_defaults]
-    made = _made(compile(_outer(tree, function, ()), "<as it is>", "exec"), function, {})
-    if list(_steps(made.__code__)) != list(_steps(function.__code__)):
-        raise Unreadable("its source is not what it was compiled of")
-    return tree
-
-
-def _steps(code: CodeType) -> Iterator[Any]:
-    """What the code does, however it was laid out; whether a module's function is called as a
-    method depends on how the module was imported."""
-    yield code.co_varnames, code.co_freevars, code.co_cellvars
-    for instruction in dis.get_instructions(code):
-        name = instruction.opname
-        if isinstance(instruction.argval, CodeType):
-            yield from _steps(instruction.argval)
-        elif name not in _LAYOUT and instruction.opcode not in dis.hasjrel + dis.hasjabs:
-            yield name.replace("LOAD_METHOD", "LOAD_ATTR"), instruction.argval
-
-
-def _is_private(node: ast.AST) -> bool:
-    name = getattr(node, "attr", getattr(node, "id", ""))
-    return isinstance(name, str) and name.startswith("__") and not name.endswith("__")
-
-
-def _compiled(
-    tree: ast.FunctionDef, function: FunctionType, used: Mapping[str, Any], title: str
-) -> FunctionType:
-    """The function that `tree` defines now, over the globals and the cells of `function`."""
-    text = ast.unparse(_outer(tree, function, used))
-    linecache.cache[title] = (len(text), None, text.splitlines(keepends=True), title)
-    return _made(compile(text, title, "exec", dont_inherit=True), function, used)
-
-
-def _outer(tree: ast.FunctionDef, function: FunctionType, used: Iterable[str]) -> ast.Module:
-    """A module with a function `make` whose parameters are what `tree`, inside it, closes over."""
-    names = (*function.__code__.co_freevars, *used)
-    outer: Any = ast.parse(f"def make({', '.join(names)}):\n    pass").body[0]
-    outer.body = [tree, ast.Return(ast.Name(tree.name, ast.Load()))]
-    return ast.fix_missing_locations(ast.Module([outer], []))
-
-
-def _made(module: CodeType, function: FunctionType, used: Mapping[str, Any]) -> FunctionType:
-    """The function that is defined inside the one function of a module, which is not run."""
-    (outer,) = (c for c in module.co_consts if isinstance(c, CodeType))
-    code = next(
-        c for c in outer.co_consts if isinstance(c, CodeType) and c.co_name == function.__name__
-    )
-    cells = {name: CellType(value) for name, value in used.items()}
-    free = function.__code__.co_freevars
-    cells |= dict(zip(free, function.__closure__ or (), strict=True))
-    closure = tuple(cells[name] for name in code.co_freevars)
-    return FunctionType(code, function.__globals__, code.co_name, None, closure)

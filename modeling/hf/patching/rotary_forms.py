@@ -50,6 +50,13 @@ class Turning:
         """Features that tables of `width` turn."""
         return 2 * width if self.table == "compact" else width
 
+    def tables(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables that the op takes for these."""
+        if self.table == "first":
+            half = cos.shape[-1] // 2
+            cos, sin = cos[..., :half], sin[..., :half]
+        return cos, -sin if self.sign < 0 else sin
+
     def serves(self, features: int, width: int) -> bool:
         """Whether heads of so many features can be turned by tables of this width."""
         R = self.dim(width)
@@ -60,10 +67,7 @@ class Turning:
     ) -> tuple[Tensor, Tensor | None]:
         """q and k (B, H, S, D) turned, k None where it is; tables (S, W) or (B or 1, S, W)."""
         R = self.dim(cos.shape[-1])
-        if self.table == "first":
-            cos, sin = cos[..., : R // 2], sin[..., : R // 2]
-        if self.sign < 0:
-            sin = -sin
+        cos, sin = self.tables(cos, sin)
         start = q.shape[-1] - R if self.tail else 0
         q_in, k_in = self._read(q, start), None if k is None else self._read(k, start)
         pairs = {"interleaved": self.interleaved and not self.regrouped, "rotary_dim": R}

@@ -115,30 +115,37 @@ def stand_in(form: RotaryFunction, backend: str) -> Callable[..., Any]:
 
     @wraps(function)
     def turned(*args: Any, **kwargs: Any) -> Any:
-        given = _given(form, args, kwargs)
+        given = given_to(form, args, kwargs)
         if given is None:
             return function(*args, **kwargs)
-        q, k, cos, sin, transposed, flat = given
-        q, k = form.turning(q, k, cos, sin, backend)
-        if transposed:
-            q, k = q.transpose(1, 2), None if k is None else k.transpose(1, 2)
-        if flat:
-            q, k = q[0], None if k is None else k[0]
-        return q if len(form.turned) == 1 or (k is None and form.alone == "tensor") else (q, k)
+        q, k = form.turning(given.q, given.k, given.cos, given.sin, backend)
+        return returned(form, given, q, k)
 
     return turned
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
+    """What a rotary function was given, as the op takes it."""
+
     q: Tensor  # (B, H, S, D)
     k: Tensor | None
     cos: Tensor
     sin: Tensor
     transposed: bool  # it came as (B, S, H, D)
     flat: bool  # and without B
+    widened: bool  # q and k were cast to the dtype of the result
 
 
-def _given(form: RotaryFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given | None:
+def returned(form: RotaryFunction, given: Given, q: Tensor, k: Tensor | None) -> Any:
+    """The turned q and k in the layout that they came in, as the function returns them."""
+    if given.transposed:
+        q, k = q.transpose(1, 2), None if k is None else k.transpose(1, 2)
+    if given.flat:
+        q, k = q[0], None if k is None else k[0]
+    return q if len(form.turned) == 1 or (k is None and form.alone == "tensor") else (q, k)
+
+
+def given_to(form: RotaryFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
     """The arguments as the op takes them; None where the function itself must be called."""
     if len(args) > len(form.parameters):
         return None
@@ -166,10 +173,11 @@ def _given(form: RotaryFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     k = None if k is None else _heads_first(k, transposed, flat)
     if not _fits(form, q, k, cos, sin):
         return None
-    if form.promotes:
-        wide = torch.promote_types(q.dtype, cos.dtype)
+    wide = torch.promote_types(q.dtype, cos.dtype) if form.promotes else q.dtype
+    widened = wide != q.dtype
+    if widened:
         q, k = q.to(wide), None if k is None else k.to(wide)
-    return _Given(q, k, cos, sin, transposed, flat)
+    return Given(q, k, cos, sin, transposed, flat, widened)
 
 
 def _heads_first(x: Tensor, transposed: bool, flat: bool) -> Tensor:
@@ -215,15 +223,15 @@ def _proof(
 
     def fused(_: nn.Module, *tensors: Tensor) -> Any:
         named = dict(zip(form.turned + form.tables, tensors, strict=True))
-        if _given(form, (), named) is None:
+        if given_to(form, (), named) is None:
             raise TypeError("the stand-in leaves these arguments to the function itself")
         return ours(**named)
 
     module = _Turning(form).to(device)
-    return prove(module, fused, _calls(form, features, dtype, device))
+    return prove(module, fused, calls_of(form, features, dtype, device))
 
 
-def _calls(
+def calls_of(
     form: RotaryFunction, D: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Call]:
     """Random heads and angles, in a layout that a call without the axis has; endless."""

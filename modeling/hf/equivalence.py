@@ -25,7 +25,8 @@ from swathe.modeling.hf.references import as_it_was, referring, same_parameters
 from swathe.modeling.hf.runs import Batch, Run, differentiated, evaluated, settle_mode, yardstick
 from swathe.modeling.hf.verification import Check, Verification
 
-_IGNORED = -100
+# as transformers names what a loss needs
+_LABELS = ("labels", "label", "_positions")
 
 
 def verify(
@@ -147,11 +148,11 @@ def _checked(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
                 f"verify: {type(model).__name__}.forward has no argument {name!r}"
                 f"{did_you_mean(name, allowed)}; it has {allowed}. Remove it from the batch"
             )
-    if not any(name.endswith("labels") for name in batch):
+    if not any(name.endswith(_LABELS) for name in batch):
         raise ValueError(
             f"verify: the batch has {sorted(batch)} but no labels, so that there is no loss and "
             "there are no gradients to compare; add labels, for a language model "
-            f"batch['input_ids'] with {_IGNORED} at padding"
+            f"batch['input_ids'] with -100 at padding"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
