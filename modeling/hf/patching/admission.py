@@ -10,7 +10,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from swathe.kernels.core.errors import BackendUnavailable, UnsupportedFeature
 from swathe.kernels.core.registry import AUTO, Choice, registered
-from swathe.modeling.hf.patching.swaps import is_fused, why_not_swapped
+from swathe.modeling.hf.patching.report import Candidate
+from swathe.modeling.hf.patching.swaps import fused_ops, is_fused, why_not_swapped
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -19,11 +20,11 @@ def why_left(module: nn.Module, tensors: Iterable[Tensor]) -> str | None:
     """Why a module with these parameters is left alone, None if nothing speaks against it."""
     if is_fused(type(module)):
         return "is patched already"
+    if is_parametrized(module):
+        return "its weights are parametrized"
     reason = why_not_swapped(module)
     if reason is not None:
         return reason
-    if is_parametrized(module):
-        return "its weights are parametrized"
     for t in tensors:
         if t.is_meta:
             return "its weights are on the meta device: load them first"
@@ -32,6 +33,12 @@ def why_left(module: nn.Module, tensors: Iterable[Tensor]) -> str | None:
         if not t.is_floating_point():
             return f"its weights are {_short(t.dtype)}"
     return None
+
+
+def already(path: str, module: nn.Module, *ops: str) -> Candidate | None:
+    """The candidate for a module that runs one of these ops by an earlier patch."""
+    found = next((op for op in ops if op in fused_ops(type(module))), None)
+    return None if found is None else Candidate(path, module, found, reason="is patched already")
 
 
 def sample_of(model: nn.Module) -> Tensor:
@@ -53,7 +60,7 @@ def chosen(resolve: Callable[[str], Choice], op: str, backend: str) -> tuple[str
         return "", str(error)
     if backend == AUTO and choice.backend == "eager":
         passed = "; ".join(f"{name} {', '.join(why)}" for name, why in choice.skipped.items())
-        return "", f"no fused backend serves it: {passed}"
+        return "", f"no fused backend serves it{': ' if passed else ' here'}{passed}"
     return choice.backend, None
 
 

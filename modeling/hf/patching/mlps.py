@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swathe.kernels.gated_mlp_act.api import SPELLINGS, gated_mlp_act, resolve_gated_mlp_act
-from swathe.modeling.hf.patching.admission import chosen, plain, sample_of, why_left
+from swathe.modeling.hf.patching.admission import already, chosen, plain, sample_of, why_left
 from swathe.modeling.hf.patching.canonical import Expression, product
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.prove import Call, private, prove
@@ -59,8 +59,8 @@ def find(model: nn.Module, options: Options) -> list[Candidate]:
         return []
     found, sample = [], sample_of(model)
     for path, module in model.named_modules():
-        candidate = None
-        if not isinstance(module, PreTrainedModel):
+        candidate = already(path, module, OP)
+        if candidate is None and not isinstance(module, PreTrainedModel):
             candidate = _candidate(path, module, sample, options)
         if candidate is not None:
             found.append(candidate)
@@ -100,7 +100,7 @@ def _form(
         form = GatedForm(names, *rest, second=gate[2] == 1, in_autocast=single)
     else:
         return None
-    direct = not any("." in name for name in (*names, *tail, *read.inlined))
+    direct = not any("." in name for name in (*names, *tail))
     return form if direct and len({*names, *tail}) == len(names) + len(tail) else None
 
 
@@ -207,6 +207,12 @@ def _calls(N: int, like: Tensor) -> Iterator[Call]:
         yield Call((x.to(like.device, like.dtype).requires_grad_(),))
 
 
+def _hooked(module: nn.Module, names: tuple[str, ...]) -> bool:
+    for name in names:
+        module = getattr(module, name)
+    return hooked(module)
+
+
 @recipe
 def fused_forward(cls: type[nn.Module], form: GatedForm, backend: str) -> Forward:
     """The forward for modules of `cls` with this form.
@@ -215,11 +221,12 @@ def fused_forward(cls: type[nn.Module], form: GatedForm, backend: str) -> Forwar
     projections that give what the kernel does not read.
     """
     own: Callable[..., Any] = cls.forward
-    projections, tail, inlined = form.projections, form.tail, form.inlined
+    projections, tail = form.projections, form.tail
+    inlined = tuple(tuple(name.split(".")) for name in form.inlined)
     act, second, in_autocast = form.act, form.second, form.in_autocast
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or any(hooked(getattr(self, name)) for name in inlined):
+        if len(args) != 1 or kwargs or any(_hooked(self, names) for names in inlined):
             return own(self, *args, **kwargs)
         x = args[0]
         if not in_autocast and torch.is_autocast_enabled(x.device.type):

@@ -37,8 +37,8 @@ _OWN = dtype_of(_X)
 class RMSForm:
     """Arguments of rms_norm for one module; `weight` names its parameter, None if it has none.
 
-    `alike`: holds only where x and weight have one dtype. `in_autocast`: holds under autocast too,
-    which torch's own rms_norm and layer_norm see, but not their parts.
+    `alike`: holds only where x and weight have one dtype. `torchs`: it calls torch's own rms_norm.
+    `in_autocast`: holds under autocast too, which sees torch's own norms, but not their parts.
     """
 
     weight: str | None
@@ -47,6 +47,7 @@ class RMSForm:
     casting: Casting = "fp32"
     alike: bool = False
     in_autocast: bool = True
+    torchs: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LayerForm:
     eps: float
     alike: bool = False
     in_autocast: bool = True
-    torchs: bool = False  # it calls torch's layer_norm itself
+    torchs: bool = False
 
 
 def looks_like_a_norm(e: Any) -> bool:
@@ -74,7 +75,8 @@ def rms_form(e: Expression) -> RMSForm | None:
     if e[0] == "rms_norm":
         _, x, shape, weight, eps = e
         known = x == _X and len(shape) == 1 and isinstance(eps, float)
-        return RMSForm(_name(weight), eps, in_autocast=False) if known else None
+        found = RMSForm(_name(weight), eps, alike=True, in_autocast=False, torchs=True)
+        return found if known and (weight is None or found.weight) else None
     rounded, inner = _unrounded(e)
     factors = list(factors_of(inner))
     if not all(isinstance(factor, tuple) for factor in factors):
@@ -129,7 +131,8 @@ def layer_form(e: Expression) -> LayerForm | None:
         known = x in ((_X, _WIDE) if rounded else (_X,)) and len(shape) == 1
         if not known or not all(p is None or _name(p) for p in (weight, bias)):
             return None
-        return LayerForm(_name(weight), _name(bias), eps, in_autocast=x == _WIDE, torchs=True)
+        names = _name(weight), _name(bias)
+        return LayerForm(*names, eps, alike=True, in_autocast=x == _WIDE, torchs=True)
     terms = list(terms_of(inner))
     biases = [t for t in terms if _scale([t], rounded) is not None]
     for x in (_X, _WIDE):

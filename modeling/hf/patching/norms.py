@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from swathe.kernels.core.registry import Choice
 from swathe.kernels.layer_norm.api import layer_norm, resolve_layer_norm
 from swathe.kernels.norm.api import resolve_rms_norm, rms_norm
-from swathe.modeling.hf.patching.admission import chosen, plain, sample_of, why_left
+from swathe.modeling.hf.patching.admission import already, chosen, plain, sample_of, why_left
 from swathe.modeling.hf.patching.norm_forms import (
     LayerForm,
     RMSForm,
@@ -40,7 +40,9 @@ def find(model: nn.Module, options: Options) -> list[Candidate]:
     """Every module of the model that is a norm, or is named like one."""
     found, sample = [], sample_of(model)
     for path, module in model.named_modules():
-        candidate = _candidate(path, module, sample, options) if _is_small(module) else None
+        candidate = already(path, module, *_wanted(options))
+        if candidate is None and _is_small(module):
+            candidate = _candidate(path, module, sample, options)
         if candidate is not None:
             found.append(candidate)
     return found
@@ -58,7 +60,11 @@ def norm_form(module: nn.Module) -> Form | None:
 def _is_small(module: nn.Module) -> bool:
     """A norm has a weight and a bias at most, and no parts that have any."""
     own = [p for p in module._parameters.values() if p is not None]
-    parts = any(next(part.parameters(), None) is not None for part in module.children())
+    parts = any(
+        next(part.parameters(), None) is not None
+        for name, part in module.named_children()
+        if name != "parametrizations"
+    )
     small = len(own) <= 2 and all(p.dim() <= 1 for p in own)
     return small and not parts and not isinstance(module, PreTrainedModel)
 
@@ -69,21 +75,24 @@ def _candidate(path: str, module: nn.Module, sample: Tensor, options: Options) -
     try:
         read = trace(module)
     except Unreadable as error:
-        left = Candidate(path, module, op, reason=f"its forward {error}")
-        return left if named and _asked(op, options) else None
+        reason = why_left(module, ()) or f"its forward {error}"
+        left = Candidate(path, module, op, reason=reason)
+        return left if named and op in _wanted(options) else None
     form = rms_form(read.expression) or layer_form(read.expression)
     if form is None:
-        if not _asked(op, options) or not (named or looks_like_a_norm(read.expression)):
+        if op not in _wanted(options) or not (named or looks_like_a_norm(read.expression)):
             return None
-        return Candidate(path, module, op, reason="computes no form of RMSNorm or LayerNorm")
+        reason = why_left(module, ()) or "computes no form of RMSNorm or LayerNorm"
+        return Candidate(path, module, op, reason=reason)
     op = _RMS if isinstance(form, RMSForm) else _LAYER
-    if not _asked(op, options):
+    if op not in _wanted(options):
         return None
     return _of_form(path, module, op, form, read, sample, options)
 
 
-def _asked(op: str, options: Options) -> bool:
-    return options.rms_norm if op == _RMS else options.layer_norm
+def _wanted(options: Options) -> list[str]:
+    asked = ((_RMS, options.rms_norm), (_LAYER, options.layer_norm))
+    return [op for op, wanted in asked if wanted]
 
 
 def _of_form(
@@ -103,12 +112,12 @@ def _of_form(
     like = own[0] if own else sample
     N = own[0].shape[0] if own else _WITHOUT_WEIGHT
     backend, reason = chosen(partial(_resolve, form, like), op, options.backend)
-    torchs = isinstance(form, LayerForm) and form.torchs
-    if torchs and backend == "torch" and options.backend != "torch":
+    if form.torchs and backend == "torch" and options.backend != "torch":
         reason = "calls torch's own kernel, which is the fastest here"
     if reason is not None:
         return Candidate(path, module, op, backend, reason)
-    only = like.dtype if form.alike else None
+    # parts that promote dtypes may promote others than these; torch's own norms do not
+    only = like.dtype if form.alike and not form.torchs else None
     forward = fused_forward(type(module), form, only, options.backend)
 
     def proof() -> Proof:
@@ -147,11 +156,11 @@ def fused_forward(
     """The forward for modules of `cls` with this form.
 
     What the kernel does not cover goes to the class's own forward: further arguments, DTensors,
-    dtypes beside `only`, autocast where torch's own norm would cast.
+    inputs of another dtype than `only`, autocast where torch's own norm would cast.
     """
     own: Callable[..., Any] = cls.forward
     call = _rms_call if isinstance(form, RMSForm) else _layer_call
-    in_autocast = form.in_autocast
+    alike, in_autocast = form.alike, form.in_autocast
     weight_name, bias_name = form.weight, getattr(form, "bias", None)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -160,17 +169,15 @@ def fused_forward(
         x = args[0]
         weight = None if weight_name is None else getattr(self, weight_name)
         bias = None if bias_name is None else getattr(self, bias_name)
-        if not plain(x, weight, bias) or (only is not None and not _all_of(only, x, weight)):
+        if not plain(x, weight, bias) or (only is not None and x.dtype != only):
+            return own(self, x)
+        if alike and weight is not None and weight.dtype != x.dtype:
             return own(self, x)
         if not in_autocast and torch.is_autocast_enabled(x.device.type):
             return own(self, x)
         return call(x, weight, bias, form, backend)
 
     return forward
-
-
-def _all_of(dtype: torch.dtype, x: Tensor, weight: Tensor | None) -> bool:
-    return x.dtype == dtype and (weight is None or weight.dtype == dtype)
 
 
 def _rms_call(x: Tensor, weight: Tensor | None, bias: None, form: RMSForm, backend: str) -> Tensor:

@@ -21,7 +21,7 @@ from swathe.kernels.core.registry import AUTO, registered
 from swathe.modeling.hf.patching import layers, losses, mlps, norms, qk_norms, rotations
 from swathe.modeling.hf.patching.options import Options
 from swathe.modeling.hf.patching.report import Candidate, Proof, Report, Row
-from swathe.modeling.hf.patching.swaps import Undo
+from swathe.modeling.hf.patching.swaps import Undo, strip
 from swathe.modeling.model import PreTrainedModel
 
 # a form that contains another (a layer its norms) comes after it; the proof of a loss runs what
@@ -111,9 +111,12 @@ def unpatch(model: nn.Module) -> None:
     A model that is not patched stays as it is. Raises RuntimeError, before anything changes, where
     something else changed a module's class after the patch, as FSDP2 does.
     """
-    for holder in holders(model):
+    held = holders(model)
+    for holder in held:
         vars(holder)[_KEPT].undo.restore()
         del vars(holder)[_KEPT]
+    if held:
+        strip(model)  # PEFT copies modules that it saves
 
 
 @contextmanager

@@ -108,7 +108,7 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[Row]] = {}
         for row in self.rows:
-            where = re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", row.path)
+            where = row.path and re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", row.path)
             key = (where, row.module, row.op, row.backend, row.action, row.reason)
             groups.setdefault(key, []).append(row)
         header = ("path", "count", "module", "op", "backend", "action", "error", "reason")
@@ -116,7 +116,9 @@ class Report:
         for (where, module, op, backend, action, reason), rows in groups.items():
             errors = [row.error for row in rows if row.error is not None]
             error = f"{max(errors):.2f}" if errors else ""
-            table.append((where, str(len(rows)), module, op, backend, action, error, reason))
+            table.append(
+                (where or "(the model)", str(len(rows)), module, op, backend, action, error, reason)
+            )
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()

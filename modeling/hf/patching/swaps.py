@@ -50,6 +50,11 @@ def is_fused(cls: type) -> bool:
     return hasattr(cls, "_swathe_made_of")
 
 
+def fused_ops(cls: type) -> tuple[str, ...]:
+    """The ops that `fused_class` was given for the class, none for any other class."""
+    return tuple(op for _, op in getattr(cls, "_swathe_made_of", (cls, ()))[1])
+
+
 def fused_class(cls: type[nn.Module], forward: Forward, *, op: str) -> type[nn.Module]:
     """The subclass of `cls` that runs `forward(self, ...)`: one for each pair, kept for ever.
 
@@ -95,18 +100,33 @@ def recipe(make: Callable[..., Forward]) -> Callable[..., Forward]:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # the class has the name of the module's own, so that it cannot be found by it
-    base, steps = type(self)._swathe_made_of  # type: ignore[attr-defined]
-    named = tuple((getattr(forward, "_swathe_recipe", forward), op) for forward, op in steps)
-    return _rebuilt, (base, named), self.__getstate__()  # type: ignore[attr-defined]
+    return _rebuilt, (_Name.of(type(self)),), self.__getstate__()  # type: ignore[attr-defined]
 
 
-def _rebuilt(cls: type[nn.Module], steps: tuple[tuple[Any, str], ...]) -> nn.Module:
+def _rebuilt(name: _Name) -> nn.Module:
     """An empty instance for copy and pickle to fill."""
-    for forward, op in steps:
-        made = forward[0](*forward[1]) if isinstance(forward, tuple) else forward
-        cls = fused_class(cls, made, op=op)
+    cls = name.find()
     return cls.__new__(cls)
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What finds a fused class again. Its own name does not: that is the name of its base."""
+
+    base: type[nn.Module]
+    steps: tuple[tuple[Any, str], ...]
+
+    @classmethod
+    def of(cls, fused: type[nn.Module]) -> _Name:
+        base, steps = getattr(fused, "_swathe_made_of", (fused, ()))
+        return cls(base, tuple((getattr(f, "_swathe_recipe", f), op) for f, op in steps))
+
+    def find(self) -> type[nn.Module]:
+        cls = self.base
+        for forward, op in self.steps:
+            made = forward[0](*forward[1]) if isinstance(forward, tuple) else forward
+            cls = fused_class(cls, made, op=op)
+        return cls
 
 
 def hooked(module: nn.Module) -> bool:
@@ -126,8 +146,8 @@ class _Change:
 
     target: Any
     before: Mapping[str, Any]
-    cls: type | None = None
-    fused: type | None = None
+    cls: _Name | None = None
+    fused: _Name | None = None
 
 
 @dataclass
@@ -148,7 +168,7 @@ class Undo:
             raise TypeError(f"{cls.__name__} was not made of the {type(module).__name__} it gets")
         own = vars(module)
         before = {name: own[name] for name in _BOUND if name in own}
-        self.changes.append(_Change(module, before, type(module), cls))
+        self.changes.append(_Change(module, before, _Name.of(type(module)), _Name.of(cls)))
         module.__class__ = cls
         if "_old_forward" in own:
             own["_old_forward"] = MethodType(cls.forward, module)
@@ -180,25 +200,38 @@ class Undo:
         """
         latest = {id(change.target): change for change in self.changes if change.cls}
         for change in latest.values():
-            if type(change.target) is not change.fused:
+            if change.fused is None or type(change.target) is not change.fused.find():
                 raise RuntimeError(
                     f"cannot unpatch a {type(change.target).__name__}: its class was changed again "
                     "after the patch. Undo that first, or patch after it"
                 )
         while self.changes:
-            _put_back(self.changes.pop())
+            change = self.changes.pop()
+            if change.cls is not None:
+                _take_off(change.target, change.cls.find(), change.before.get("_old_forward"))
+            else:
+                _put_back(change)
+
+
+def strip(model: nn.Module) -> None:
+    """Give every module of the model its own class again: also copies, which no ledger knows."""
+    for module in model.modules():
+        made_of = vars(type(module)).get("_swathe_made_of")
+        if made_of is not None:
+            _take_off(module, made_of[0], None)
+
+
+def _take_off(module: nn.Module, cls: type[nn.Module], old: Any) -> None:
+    fused, own = type(module), vars(module)
+    module.__class__ = cls
+    for name in _BOUND:
+        # hooks that came or went after the patch have moved our forward about
+        if getattr(own.get(name), "__func__", None) is fused.forward:
+            own[name] = old if old is not None else MethodType(cls.forward, module)
 
 
 def _put_back(change: _Change) -> None:
     target, own = change.target, vars(change.target)
-    if change.cls is not None:
-        target.__class__ = change.cls
-        for name in _BOUND:
-            # hooks that came or went after the patch have moved our forward about
-            if getattr(own.get(name), "__func__", None) is change.fused.forward:  # type: ignore
-                found = change.before.get("_old_forward")
-                own[name] = found or MethodType(change.cls.forward, target)  # type: ignore
-        return
     for name, value in change.before.items():
         if name in getattr(target, "_modules", {}):
             target._modules[name] = value

@@ -18,10 +18,12 @@ An expression is a nested tuple, equal for forwards that compute the same in the
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import EllipsisType, GetSetDescriptorType
+from functools import cache
+from types import CodeType, EllipsisType, GetSetDescriptorType
 from typing import Any, NoReturn
 
 import torch
@@ -87,12 +89,19 @@ def expression_of(function: Callable[..., Any], *arguments: Expression) -> Expre
 
 
 def _required(forward: Callable[..., Any]) -> int:
-    asking = _ASKING.intersection(getattr(getattr(forward, "__code__", None), "co_names", ()))
+    code = getattr(forward, "__code__", None)
+    asking = _ASKING & _globals_of(code) if code is not None else None
     if asking:
         raise Unreadable(f"calls {min(asking)}()")
     empty, positional = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return sum(p.default is empty and p.kind is positional for p in parameters)
+
+
+@cache
+def _globals_of(code: CodeType) -> frozenset[str]:
+    loads = (i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL")
+    return frozenset(loads)
 
 
 def _stand_in(module: nn.Module, prefix: str, notes: _Notes, training: bool) -> nn.Module:
