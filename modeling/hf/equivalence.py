@@ -51,8 +51,9 @@ def verify(
     or has another dtype or shape, a parameter that differs or changes, and padding that is looked
     at: tokens that attention_mask hides are replaced, which must not move outputs of real ones.
 
-    Memory: activations of one run, gradients of the model and its reference, and parameters and
-    gradients of the yardstick in fp64, or where that does not run and the model is narrower fp32.
+    Memory: activations of one run (gradient checkpointing is off meanwhile), gradients of the model
+    and its reference, and parameters and gradients of the yardstick, which is the reference in
+    fp64, or in fp32 where that does not run and the model is narrower.
     Raises ValueError for a batch without labels or with arguments unknown to the model, for a model
     without trainable parameters or with none to compare with, and for a reference with other ones.
     """

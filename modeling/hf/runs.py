@@ -144,23 +144,31 @@ def _created_in(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+# attributes that have activations recomputed, of our layers and of transformers'
+_CHECKPOINTING = {"checkpointing": None, "gradient_checkpointing": False}
+
+
 @contextmanager
 def _training(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Training mode without dropout, or evaluation if the batch says so."""
-    changed: list[tuple[nn.Module, str, Any]] = []
+    """Training mode without dropout, or evaluation if the batch says so.
+
+    Activations are kept: to recompute them in backward would not be a run of its own.
+    """
+    changed: list[tuple[dict[str, Any], str, Any]] = []
     model.train(batch.training)
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.training = False
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):
-                changed.append((module, name, value))
-                setattr(module, name, 0.0)
+        own = vars(module)
+        off = {name: 0.0 for name, v in own.items() if "drop" in name and isinstance(v, float)}
+        off.update({name: v for name, v in _CHECKPOINTING.items() if name in own})
+        changed += [(own, name, own[name]) for name in off]
+        own.update(off)
     try:
         yield
     finally:
-        for module, name, value in changed:
-            setattr(module, name, value)
+        for own, name, value in changed:
+            own[name] = value
 
 
 def settle_mode(model: nn.Module, batch: Batch) -> None:

@@ -314,20 +314,25 @@ def test_a_copy_is_a_model_of_its_own() -> None:
     assert isinstance(model(**batch()).logits, LazyLogits)
 
 
-def test_under_forwards_that_others_have_put_there() -> None:
-    """accelerate's device hooks before the patch, and its mixed precision after it."""
-    expected = tiny("llama")(**batch()).loss
-    hooked = tiny("llama")
-    calls = []
-    hooked._old_forward = hooked.forward
+def hook(model: Any, calls: list[int]) -> None:
+    """What accelerate's add_hook_to_module does to a module."""
+    model._old_forward = model.forward
 
     def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return module._old_forward(*args, **kwargs)
 
-    hooked.forward = functools.update_wrapper(
-        functools.partial(new_forward, hooked), hooked._old_forward
+    model.forward = functools.update_wrapper(
+        functools.partial(new_forward, model), model._old_forward
     )
+
+
+def test_under_forwards_that_others_have_put_there() -> None:
+    """accelerate's device hooks before the patch, and its mixed precision after it."""
+    expected = tiny("llama")(**batch()).loss
+    hooked = tiny("llama")
+    calls: list[int] = []
+    hook(hooked, calls)
     before = dict(vars(hooked))
     loss_only(hooked)
     output = hooked(**batch())
@@ -343,6 +348,27 @@ def test_under_forwards_that_others_have_put_there() -> None:
     assert isinstance(wrapped(**batch()).logits, LazyLogits)
     wrapped.forward = MethodType(own, wrapped)  # what accelerate's unwrap_model leaves
     torch.testing.assert_close(wrapped(**batch()).loss, expected, atol=2e-6, rtol=0)
+
+
+def test_hooks_that_came_after_the_patch_outlive_it() -> None:
+    model = tiny("llama")
+    loss_only(model)
+    calls: list[int] = []
+    hook(model, calls)
+    hooked = model.forward
+    assert isinstance(model(**batch()).logits, LazyLogits) and calls == [1]
+    unpatch(model)
+    assert model.forward is hooked and model._old_forward == type(model).forward.__get__(model)
+    assert type(model(**batch()).logits) is Tensor and calls == [1, 1]
+
+    model = tiny("llama")
+    hook(model, calls)
+    loss_only(model)
+    model.forward = vars(model).pop("_old_forward")  # remove_hook_from_module
+    assert isinstance(model(**batch()).logits, LazyLogits)
+    unpatch(model)
+    assert model.forward == type(model).forward.__get__(model)
+    assert "_old_forward" not in vars(model)
 
 
 def test_replicas_of_data_parallel_run_their_own_forward() -> None:

@@ -289,6 +289,18 @@ def test_dropout_is_off_where_it_can_be() -> None:
     )
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_off_meanwhile(reentrant: bool) -> None:
+    model = tiny("llama")
+    patch(model, backend="cpp")
+    model.config.use_cache = False
+    name = "activation_checkpointing_enable"  # in 5.10 by its older name
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    assert verify(model, padded()).ok
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
 def test_our_own_models() -> None:
     theirs = tiny("llama")
     ours: Any = from_hf(theirs)

@@ -142,10 +142,14 @@ def hooked(module: nn.Module) -> bool:
 
 @dataclass
 class _Change:
-    """What stood in one object before a change; `cls` only where its class was swapped."""
+    """What stood in one object before a change; `cls` only where its class was swapped.
+
+    `forward` is what was put in the place of one that accelerate's hooks may move about.
+    """
 
     target: Any
     before: Mapping[str, Any]
+    forward: Any = None
     cls: _Name | None = None
     fused: _Name | None = None
 
@@ -168,7 +172,8 @@ class Undo:
             raise TypeError(f"{cls.__name__} was not made of the {type(module).__name__} it gets")
         own = vars(module)
         before = {name: own[name] for name in _BOUND if name in own}
-        self.changes.append(_Change(module, before, _Name.of(type(module)), _Name.of(cls)))
+        old, new = _Name.of(type(module)), _Name.of(cls)
+        self.changes.append(_Change(module, before, cls=old, fused=new))
         module.__class__ = cls
         if "_old_forward" in own:
             own["_old_forward"] = MethodType(cls.forward, module)
@@ -190,7 +195,8 @@ class Undo:
             for key in {**before, **after}
             if before.get(key, Absent) is not after.get(key, Absent)
         }
-        self.changes.append(_Change(target, changed))
+        forward = value if name in _BOUND else None
+        self.changes.append(_Change(target, changed, forward=forward))
 
     def restore(self) -> None:
         """Put everything back, the last change first.
@@ -233,9 +239,19 @@ def _take_off(module: nn.Module, cls: type[nn.Module], old: Any) -> None:
 def _put_back(change: _Change) -> None:
     target, own = change.target, vars(change.target)
     for name, value in change.before.items():
-        if name in getattr(target, "_modules", {}):
+        if change.forward is not None and own.get(name) is not change.forward:
+            _put_back_moved(change, value)
+        elif name in getattr(target, "_modules", {}):
             target._modules[name] = value
         elif value is Absent:
             own.pop(name, None)
         else:
             own[name] = value
+
+
+def _put_back_moved(change: _Change, value: Any) -> None:
+    """Where hooks came or went after the patch, leave theirs and replace ours."""
+    target, own = change.target, vars(change.target)
+    for slot in _BOUND:
+        if own.get(slot) is change.forward:
+            own[slot] = MethodType(type(target).forward, target) if value is Absent else value
