@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import swathe.hf
-from support.hf_around import BACKENDS, OPS, fully, step, training
+from support.hf_around import BACKENDS, OPS, fully, ops_of, step, training
 from support.hf_patching import assert_equal
 from support.tiny_causal import LoRA, batch
 
@@ -68,7 +68,7 @@ def test_every_adapter_gets_its_gradient(
         model = adapt(model)
         report = swathe.hf.patch(model, backend=backend)
         # the head has to be called: the loss alone is taken
-        assert {row.op for row in report.patched} == {*OPS, "cross_entropy"}, report
+        assert ops_of(report) == {*OPS, "cross_entropy"}, report
     assert_equal(step(model), own)
     swathe.hf.unpatch(model)
     assert_equal(step(model), own)
@@ -121,7 +121,7 @@ def test_adapters_saved_and_loaded(tmp_path: Any) -> None:
     model = training("llama")
     fully(model)
     adapted = by_peft(model)
-    adapted.save_pretrained(tmp_path)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
     expected = adapted.eval()(batch()["input_ids"]).logits
     loaded: Any = peft.PeftModel.from_pretrained(training("llama"), str(tmp_path)).eval()
     torch.testing.assert_close(loaded(batch()["input_ids"]).logits, expected, rtol=1e-5, atol=1e-5)
@@ -177,7 +177,7 @@ def test_quantised_linears_are_left_alone(leave_head: bool, backend: str) -> Non
     report = swathe.hf.patch(model, backend=backend)
     lazy = leave_head and backend == "eager"
     loss = "linear_cross_entropy" if lazy else "cross_entropy"
-    assert {row.op for row in report.patched} == {*OPS, loss}, report
+    assert ops_of(report) == {*OPS, loss}, report
     for path, part in kept.items():
         assert model.get_submodule(path) is part and type(part) is Int8Linear
         assert vars(part) == held[path]
@@ -209,7 +209,7 @@ def test_dynamic_quantisation() -> None:
     plain = quantise(training("llama").eval(), {nn.Linear}, dtype=torch.qint8)
     model = copy.deepcopy(plain)
     report = swathe.hf.patch(model)
-    assert {row.op for row in report.patched} >= OPS, report
+    assert ops_of(report) >= OPS - {"gated_mlp_act"}, report
     with torch.no_grad():
         ours, theirs = (m(batch()["input_ids"]).logits for m in (model, plain))
     # what is quantised are activations: a rounding may be a step of 1 in 127

@@ -88,7 +88,9 @@ def test_bf16_with_fp32_norms(model_type: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type, backend", [*((m, "auto") for m in MODELS), ("llama", "eager")])
+@pytest.mark.parametrize(
+    "model_type, backend", [*((name, "auto") for name in MODELS), ("llama", "eager")]
+)
 def test_one_graph(model_type: str, backend: str) -> None:
     model = training(model_type, num_hidden_layers=1)
     own = step(model)
