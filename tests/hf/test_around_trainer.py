@@ -160,6 +160,7 @@ def test_what_a_trainer_is_asked_for(
 
 def test_metrics_of_the_logits(tmp_path: Path) -> None:
     """A compute_loss of one's own that reads the logits in training."""
+
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         output = model(**inputs)
         return output.loss + 0.01 * output.logits.float().logsumexp(-1).square().mean()

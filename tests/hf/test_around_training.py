@@ -166,6 +166,7 @@ def test_accumulated_gradients(backend: str) -> None:
 
 def test_optimizer_steps() -> None:
     """The parameters after three steps of AdamW are those of the model that was not patched."""
+
     def trained(model: Any) -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(3):

@@ -64,7 +64,12 @@ def whole(t: torch.Tensor) -> torch.Tensor:
     return full.detach().clone()
 
 
-def fsdp(rank: int, folder: Path, model_type: str, first: str, backend: str) -> dict[str, Any]:
+def fsdp(rank: int, folder: Path, cases: tuple[tuple[str, str, str], ...]) -> dict[Any, Any]:
+    """What `_fsdp` finds, by case."""
+    return {case: _fsdp(rank, *case) for case in cases}
+
+
+def _fsdp(rank: int, model_type: str, first: str, backend: str) -> dict[str, Any]:
     """One step of a model that fully_shard spreads, patched before or after."""
     model = training(model_type)
     report = patch(model, backend=backend) if first == "patch" else None
@@ -83,21 +88,24 @@ def fsdp(rank: int, folder: Path, model_type: str, first: str, backend: str) -> 
     return {"found": result, "report": report.to_dict(), "refusal": refusal}
 
 
-def tensor_parallel(rank: int, folder: Path, model_type: str, first: str) -> dict[str, Any]:
+def tensor_parallel(rank: int, folder: Path, cases: tuple[tuple[str, str], ...]) -> dict[Any, Any]:
+    """What `_tensor_parallel` finds, by case."""
+    return {case: _tensor_parallel(folder / case[0], *case) for case in cases}
+
+
+def _tensor_parallel(folder: Path, model_type: str, first: str) -> dict[str, Any]:
     """Logits, loss and gradients of a model that tp_plan="auto" spreads, with a patch or without.
 
-    `first` is "patch" for a model that is sharded as it stands, "creation" for one that
-    from_pretrained shards with `swathe.patch(model_type)` on, else it is patched after loading.
+    `first` is "creation" for `swathe.patch(model_type)`, else it is patched after loading.
     """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     config = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
 
     def loaded() -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            folder / "model", dtype=torch.float32, distributed_config=config
+            folder, dtype=torch.float32, distributed_config=config
         ).train()
 
     plain = loaded()
@@ -105,10 +113,6 @@ def tensor_parallel(rank: int, folder: Path, model_type: str, first: str) -> dic
         with creating(model_type) as creation:
             model = loaded()
         ((_, report),) = creation.reports
-    elif first == "patch":
-        model = training(model_type)
-        report = patch(model)
-        apply_tensor_parallelism(model, init_device_mesh("cpu", (PROCESSES,)), model.tp_plan)
     else:
         model = loaded()
         report = patch(model)
