@@ -21,7 +21,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "offloaded": {"cache_implementation": "offloaded"},
 }
 # windows of 4 in each of gemma2's sliding layers: shorter than the prompt, and than what follows
-SHORT = {"gemma2": {"sliding_window": 4}}
+SHORT: dict[str, dict[str, Any]] = {"gemma2": {"sliding_window": 4}}
 
 
 def generated(model: Any, **options: Any) -> tuple[Tensor, Tensor]:
