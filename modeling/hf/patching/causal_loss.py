@@ -132,7 +132,7 @@ class CausalLMLoss:
         }
         targets = targets.reshape(-1).to(logits.device)
         if not isinstance(logits, LazyLogits):
-            return cross_entropy(logits.reshape(-1, vocab_size), targets, **options)
+            return cross_entropy(logits.reshape(-1, vocab_size), targets, **options).float()
         scale, softcap = logits.scale_and_softcap()  # type: ignore[misc]  # _serves has seen it
         return linear_cross_entropy(
             logits.hidden.reshape(-1, logits.hidden.shape[-1]),
@@ -142,7 +142,7 @@ class CausalLMLoss:
             logit_scale=scale,
             softcap=softcap,
             **options,
-        )
+        ).float()
 
     def _serves(self, logits: Any, targets: Tensor, vocab_size: int, num_items: Any) -> bool:
         if isinstance(logits, LazyLogits):

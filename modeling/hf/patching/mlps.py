@@ -126,7 +126,8 @@ def _activations() -> tuple[tuple[Callable[[Tensor], Tensor], str], ...]:
 def _candidate(path: str, module: nn.Module, sample: Tensor, options: Options) -> Candidate | None:
     kept = Candidate(path, module, OP, reason="computes no gated MLP that we have")
     named = _NAMED.search(type(module).__name__) is not None
-    if not any(next(part.parameters(), None) is not None for part in module.children()):
+    # quantised projections may have their weights among the buffers
+    if not any([*part.parameters(), *part.buffers()] for part in module.children()):
         own = module._parameters.values()
         experts = named and any(p is not None and p.dim() == 3 for p in own)
         reason = "holds the weights of several experts, which the op does not serve"

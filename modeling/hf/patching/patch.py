@@ -16,6 +16,7 @@ from math import isfinite
 from typing import Unpack
 
 from torch import nn
+from transformers import PreTrainedModel as HFModel
 
 from swathe.kernels.core.errors import did_you_mean
 from swathe.kernels.core.registry import AUTO, registered
@@ -64,7 +65,7 @@ def patch(model: nn.Module, **given: Unpack[PatchOptions]) -> Report:
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     report = Report(tuple(sorted(rows, key=lambda row: order.get(row.path, 0))))
     if undo.changes:
-        model.__dict__[_KEPT] = _Patch(undo, report)
+        vars(_keeper(model, undo))[_KEPT] = _Patch(undo, report)
     return report
 
 
@@ -117,8 +118,15 @@ def _validate(model: object, options: Options) -> None:
         )
 
 
+def _keeper(model: nn.Module, undo: Undo) -> nn.Module:
+    """Where the ledger is kept: on the model inside wrappers such as PEFT's, which may come off."""
+    inner = next((part for part in model.modules() if isinstance(part, HFModel)), model)
+    parts = {id(part) for part in inner.modules()}
+    return inner if all(id(change.target) in parts for change in undo.changes) else model
+
+
 def holders(model: nn.Module) -> list[nn.Module]:
-    """The modules that `patch` was called on: the model, or one that it wraps or holds."""
+    """The modules that keep a ledger: the model, or one that it wraps or holds."""
     return [module for module in model.modules() if _KEPT in vars(module)]
 
 

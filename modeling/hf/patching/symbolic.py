@@ -129,7 +129,7 @@ class _Part:
         self._module, self._name, self._notes, self._training = module, name, notes, training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if next(self._module.parameters(), None) is None and not any(self._module.buffers()):
+        if not [*self._module.parameters(), *self._module.buffers()]:
             self._notes.inlined.append(self._name)
             stand_in = _stand_in(self._module, f"{self._name}.", self._notes, self._training)
             return type(self._module).forward(stand_in, *args, **kwargs)
