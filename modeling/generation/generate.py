@@ -88,13 +88,12 @@ class GenerationMixin:
         `temperature`, then `top_k`, `top_p` and `min_p`, `generator` (on the logits' device), and
         `num_return_sequences` = N: row i is continued in rows i N to i N + N - 1 of the result.
         `streamer` gets the prompt, then each step's tokens. `cache_implementation` "static" has its
-        room at once, and steps that `cuda_graph` captures, see graph.py. `weights` "int8" rounds
-        each projection's to a byte, on a CPU: other tokens in less time, see int8.py.
-
-        Raises TypeError for unknown options and wrong types, ValueError for values out of range.
+        room at once, and steps that `cuda_graph` captures (graph.py). `weights` "int8" rounds
+        projections to a byte a number, on a CPU (int8.py). Raises TypeError for unknown options and
+        wrong types, ValueError for values out of range.
         """
         refuse_unknown(unknown)
-        check_cache(cache_implementation)
+        cache = check_cache(cache_implementation)
         special = SpecialTokens.of(self, eos_token_id, pad_token_id)
         prompt = read_prompt(self, input_ids, attention_mask, special)
         prompt = prompt.repeated(continuations(num_return_sequences, do_sample))
@@ -106,8 +105,7 @@ class GenerationMixin:
         penalty, early = check_penalty(repetition_penalty), min_new_tokens > 0
         model = with_weights(self, weights)
         policy = Policy(drawn, penalty, special.ends, special.pad, stop is not None, early)
-        made = decoding(model, policy, prompt, T + new, generator, cache_implementation, graph)
-        with made as (step, go):
+        with decoding(model, policy, prompt, T + new, generator, cache, graph) as (step, go):
             step.start(prompt, min_new_tokens)
             sequences = _Run(model, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences

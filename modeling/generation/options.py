@@ -99,10 +99,11 @@ def continuations(num_return_sequences: int, do_sample: bool) -> int:
     return num_return_sequences
 
 
-def check_cache(name: str | None) -> None:
-    """Raise ValueError for a cache that does not exist."""
+def check_cache(name: str | None) -> str | None:
+    """The name; ValueError for a cache that does not exist."""
     if name not in _CACHES:
         raise ValueError(f"cache_implementation={name!r}; allowed: {_CACHES}")
+    return name
 
 
 def refuse_unknown(given: dict[str, Any]) -> None:
