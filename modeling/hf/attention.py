@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = frozenset(
         *("encoder_hidden_states", "encoder_attention_mask", "position_ids", "position_embeddings"),
         *("max_length_q", "max_length_k", "seq_idx", "token_type_ids", "layer_idx", "return_dict"),
         *("output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch"),
-        *("deterministic", "target_dtype"),
+        *("deterministic", "target_dtype", "labels", "shift_labels"),
     ]
 )
 Borders = tuple[Tensor | None, Tensor | None]  # of packed documents, in the queries and the keys

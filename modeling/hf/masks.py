@@ -48,7 +48,7 @@ _ON_MASKS = {
     "minimax_m3_sparse",
 }
 # models where more than the attention interface takes the mask: a router; attention of their own
-_ALSO_ON_MASKS = {"nllb-moe", "bigbird_pegasus"}
+_ALSO_ON_MASKS = {"nllb-moe", "bigbird_pegasus", "git"}
 
 
 def interval_mask(
