@@ -31,8 +31,8 @@ def from_hf(
     The class is ours of the same name. Parameters that one of the models alone would have, such as
     an adapter's or a quantised weight's, are an error, and so are hooks: ours would not run them.
     Weights that are tied stay tied, those that are not stay apart, whatever the configuration says.
-    Raises TypeError for another kind of model, ConfigError for a class or a configuration that we
-    do not have.
+    Raises TypeError for another kind of model, ValueError for one with hooks, ConfigError for a
+    class or a configuration that we do not have.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(
@@ -67,7 +67,8 @@ def to_hf(
     """A transformers model over the parameters of ours, of the class with the same name.
 
     `options` are its from_pretrained's, such as `experts_implementation`.
-    Raises TypeError for another kind of model, ConfigError for a class that transformers lacks.
+    Raises TypeError for another kind of model, ValueError for one with hooks, ConfigError for a
+    class that transformers lacks.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"to_hf: got a {type(model).__name__}; it takes a swathe.PreTrainedModel")

@@ -86,6 +86,13 @@ def test_what_was_asked_for_last_comes_first_and_ends_alone() -> None:
     everything.stop()  # a second end is none
 
 
+def test_several_types_are_ended_as_they_were_asked_for() -> None:
+    swathe.patch(("llama", "qwen2"))
+    assert is_patched(llama())
+    swathe.unpatch(("qwen2", "llama"))
+    assert not holders(llama())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
@@ -98,6 +105,8 @@ def test_what_was_asked_for_last_comes_first_and_ends_alone() -> None:
 def test_refusals(arguments: tuple[Any, ...], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         swathe.patch(*arguments)
+    with pytest.raises(ValueError, match="backend='cudnn'"):
+        swathe.patch("llama", backend="cudnn")
     with pytest.raises(TypeError, match="unknown option 'ropes'"):
         swathe.patch("llama", ropes=False)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="and all=True"):

@@ -52,15 +52,16 @@ def patch(
     if isinstance(model, nn.Module) and not all:
         return one.patch(model, **options)
     _check(model, all, "patch")
-    Options.of(**options)
+    one.check_backend(Options.of(**options))
     return patch_created(model, partial(one.patch, **options))  # type: ignore[arg-type]
 
 
-def unpatch(model: nn.Module | str | None = None, *, all: bool = False) -> None:
+def unpatch(model: nn.Module | str | tuple[str, ...] | None = None, *, all: bool = False) -> None:
     """Undo `patch`: every module has its own class and attributes again, by identity.
 
-    A model that is not patched stays as it is. With a model_type, or all=True, models made from
-    here on are left alone, and those made before stay patched until they are given themselves.
+    A model that is not patched stays as it is. With what `patch` was given (a model_type, a tuple
+    of them, all=True), models made from here on are left alone, and those made before stay patched
+    until they are given themselves.
     Raises RuntimeError, before anything changes, where something else changed a module's class
     after the patch, as FSDP2 does; ValueError where no such models were watched for.
     """

@@ -64,7 +64,7 @@ def patch_created(model_types: str | tuple[str, ...] | None, patch: Patch) -> Cr
     What is asked for later comes first where two would take a model. Raises ValueError for a type
     that transformers does not know.
     """
-    names = (model_types,) if isinstance(model_types, str) else model_types
+    names = _named(model_types)
     for name in names or ():
         if name not in CONFIG_MAPPING:
             raise ValueError(
@@ -72,16 +72,16 @@ def patch_created(model_types: str | tuple[str, ...] | None, patch: Patch) -> Cr
                 f"{did_you_mean(name, list(CONFIG_MAPPING))}; give one of its configurations' "
                 "model_type, a model, or all=True"
             )
-    creation = Creation(None if names is None else frozenset(names), patch)
+    creation = Creation(names, patch)
     _wanted.insert(0, creation)
     if not _originals:
         _wrap()
     return creation
 
 
-def stop_created(model_types: str | None) -> None:
+def stop_created(model_types: str | tuple[str, ...] | None) -> None:
     """Stop what `patch_created` was asked with the same types; ValueError where nothing was."""
-    names = None if model_types is None else frozenset((model_types,))
+    names = _named(model_types)
     found = [creation for creation in _wanted if creation.model_types == names]
     if not found:
         asked = [sorted(c.model_types) if c.model_types else "all" for c in _wanted]
@@ -91,6 +91,12 @@ def stop_created(model_types: str | None) -> None:
         )
     for creation in found:
         creation.stop()
+
+
+def _named(model_types: str | tuple[str, ...] | None) -> frozenset[str] | None:
+    if model_types is None:
+        return None
+    return frozenset((model_types,) if isinstance(model_types, str) else model_types)
 
 
 def _wrap() -> None:

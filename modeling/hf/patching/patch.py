@@ -109,6 +109,11 @@ def _validate(model: object, options: Options) -> None:
             f"{type(model).__name__} is a model of swathe, which runs its kernels already; choose "
             "them with kernels=... or set_kernels"
         )
+    check_backend(options)
+
+
+def check_backend(options: Options) -> None:
+    """Raise ValueError for a backend that no op has."""
     ops = ("rms_norm", "layer_norm", "gated_mlp_act", losses.LAZY, losses.REAL)
     known = {name for op in ops for name in registered(op)} | {AUTO}
     if options.backend not in known:
