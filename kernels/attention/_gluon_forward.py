@@ -148,7 +148,7 @@ def _copy(
 
 
 @jit
-def _absorb(
+def absorb(
     tile, stop, low, step, p, acc, total, peak, q, k, v, INDEX: gl.constexpr, rows, scores,
     SCORED: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr, BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
@@ -167,7 +167,7 @@ def _absorb(
         weights, shrink, total, peak = weigh(
             s, rows, n, scores, total, peak, SCORED, SOFTCAP, MASKED
         )
-        p = _rounded(weights, v)
+        p = rounded(weights, v)
         # a wait that spins keeps the exponentials ahead of the wait for the product
         slot, full = slot_of(step + 1, STAGES)
         mbarrier.wait(k.full.index(slot), full, pred=tile > low)
@@ -180,7 +180,7 @@ def _absorb(
 
 
 @jit
-def _rounded(weights, v):
+def rounded(weights, v):
     """Weights as the operand of a product with values."""
     p = weights.to(v.memory[0].dtype)
     return gl.convert_layout(p, operand(v.memory[0].shape[4]), assert_trivial=True)
@@ -213,13 +213,13 @@ def _attend(
     mbarrier.arrive(k.empty.index(slot), count=1)
     n = gl.expand_dims(order.final * BLOCK_S + gl.arange(0, BLOCK_S, layout=COLUMN), 0)
     weights, _, total, peak = weigh(s, rows, n, scores, total, peak, SCORED, SOFTCAP, True)
-    p = _rounded(weights, v)
+    p = rounded(weights, v)
     slot, full = slot_of(step + 1, STAGES)
     mbarrier.wait(k.full.index(slot), full, pred=order.final > order.low)
     tile, step = order.final - 1, step + 1
     for part in gl.static_range(3):
         stop = order.whole_to if part == 0 else order.whole_from if part == 1 else order.low
-        tile, step, p, acc, total, peak = _absorb(
+        tile, step, p, acc, total, peak = absorb(
             tile, gl.maximum(stop, order.low), order.low, step, p, acc, total, peak, q, k, v, INDEX,
             rows, scores, SCORED, SOFTCAP, part != 1, BLOCK_S, STAGES,
         )  # fmt: skip
