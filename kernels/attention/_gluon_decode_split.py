@@ -317,7 +317,7 @@ def _attend_split(
     slot, full = slot_of(step - 1, STAGES)
     mbarrier.wait(v.full.index(slot), full)
     _clear(v.memory, slot, low * BLOCK_S, parts.lo, parts.hi, BLOCK_S)
-    acc, _ = landed(added(acc, p, v.memory, slot), p)
+    acc, _ = landed(added(acc, p, v.memory, slot), p, p)
     mbarrier.arrive(v.empty.index(slot), count=1)
     return acc, total, peak, step
 

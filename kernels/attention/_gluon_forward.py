@@ -167,11 +167,11 @@ def absorb(
         weights, shrink, total, peak = weigh(
             s, rows, n, scores, total, peak, SCORED, SOFTCAP, MASKED
         )
-        p = rounded(weights, v)
+        left, p = p, rounded(weights, v)
         # a wait that spins keeps the exponentials ahead of the wait for the product
         slot, full = slot_of(step + 1, STAGES)
         mbarrier.wait(k.full.index(slot), full, pred=tile > low)
-        acc, p = landed(ahead, p)
+        acc, p = landed(ahead, left, p)
         mbarrier.arrive(v.empty.index(before), count=1)
         acc = scaled(acc, shrink)
         step += 1
@@ -229,7 +229,7 @@ def _attend(
     share, lse = settled(total, peak)
     head = order.b * call.H + order.h
     gl.store(call.lse + head.to(gl.int64) * call.T + rows.index, lse, rows.index < call.T)
-    acc, _ = landed(ahead, p)
+    acc, _ = landed(ahead, p, p)
     mbarrier.arrive(v.empty.index(slot), count=1)
     return scaled(acc, share), step
 

@@ -189,13 +189,13 @@ def _plus(acc, p, x):
 
 
 @jit
-def landed(acc, p):
-    """Sums whose products are done, and p, which the wait may not run ahead of."""
+def landed(acc, left, p):
+    """Sums whose products with `left` are done, and p, which the wait may not run ahead of."""
     if len(acc) == 1:
-        first, p = warpgroup_mma_wait(0, deps=[acc[0], p])
+        first, _, p = warpgroup_mma_wait(0, deps=[acc[0], left, p])
         return (first,), p
     else:
-        first, second, p = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p])
+        first, second, _, p = warpgroup_mma_wait(0, deps=[acc[0], acc[1], left, p])
         return (first, second), p
 
 
