@@ -48,8 +48,8 @@ from swathe.kernels.core.gluon import (
     warpgroup_mma_wait,
 )
 
-_LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the warp that copies
-_WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # of the warp that copies
+WIDE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # 16 bytes a thread
 
 
 class Call(NamedTuple):
@@ -109,7 +109,7 @@ class Parts(NamedTuple):
 
 
 @jit
-def _unit(call):
+def unit_of(call):
     """As _triton_decode.attend: tiles that share keys side by side, late splits last."""
     p, tiles = gl.program_id(0), gl.cdiv(call.T * call.groups, GROUP)
     g, b = p // tiles % call.K, p // tiles // call.K % call.B
@@ -128,7 +128,7 @@ def _intervals(call, b, r):
 
 
 @jit
-def _partition(
+def parts_of(
     call, unit, FEWEST: gl.constexpr, MOST: gl.constexpr, BLOCK_S: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
@@ -143,7 +143,7 @@ def _partition(
 
 
 @jit
-def _tiles_of(parts, split, BLOCK_S: gl.constexpr):
+def tiles_of(parts, split, BLOCK_S: gl.constexpr):
     """The first and the last tile of a split; one whose keys are all hidden where there is none."""
     start = parts.begin + split * parts.each
     end = gl.minimum(start + parts.each, parts.hi)
@@ -152,7 +152,7 @@ def _tiles_of(parts, split, BLOCK_S: gl.constexpr):
 
 
 @jit
-def _where(call, b, start):
+def where_is(call, b, start):
     """Where TMA finds the keys from `start` on: a page and a row of it."""
     if call.table is None:
         return b, start
@@ -166,16 +166,16 @@ def _copy(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
-    unit = _unit(call)
-    parts = _partition(call, unit, FEWEST, MOST, BLOCK_S, _LANES)
+    unit = unit_of(call)
+    parts = parts_of(call, unit, FEWEST, MOST, BLOCK_S, LANES)
     step = 0
     for split in range(unit.slot, parts.count, call.slots):
-        low, final = _tiles_of(parts, split, BLOCK_S)
-        page, row = _where(call, unit.b, final * BLOCK_S)
+        low, final = tiles_of(parts, split, BLOCK_S)
+        page, row = where_is(call, unit.b, final * BLOCK_S)
         fill(k, k_at, page, unit.g, row, step, STAGES)
         for i in range(final - low):
             before, behind = page, row
-            page, row = _where(call, unit.b, (final - i - 1) * BLOCK_S)
+            page, row = where_is(call, unit.b, (final - i - 1) * BLOCK_S)
             fill(k, k_at, page, unit.g, row, step + 1, STAGES)
             fill(v, v_at, before, unit.g, behind, step, STAGES)
             step += 1
@@ -184,33 +184,36 @@ def _copy(
 
 
 @jit
-def _load_queries(q, call, unit):
+def load_queries(q, call, unit):
     """Packed rows of q into shared memory, 0 past the last one and past D."""
-    SHAPE: gl.constexpr = q[0].shape
-    r = unit.begin + gl.arange(0, GROUP, layout=gl.SliceLayout(1, _WIDE))
+    r = unit.begin + gl.arange(0, GROUP, layout=gl.SliceLayout(1, WIDE))
     t, h = r // call.groups, unit.g * call.groups + r % call.groups
     at = unit.b.to(gl.int64) * call.q_b + h.to(gl.int64) * call.q_h + t.to(gl.int64) * call.q_t
-    live, begin = t < call.T, 0
+    begin = 0
     for i in gl.static_range(len(q)):
-        WIDTH: gl.constexpr = q[i].shape[4]
-        d = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, _WIDE))
-        there = gl.expand_dims(live, 1) & gl.expand_dims(d < call.D, 0)
-        rows = gl.load(call.q + gl.expand_dims(at, 1) + gl.expand_dims(d, 0), there, other=0.0)
-        tile_of(q[i], 0).store(rows)
-        begin += WIDTH
+        begin = _load_piece(tile_of(q[i], 0), call, at, t < call.T, begin)
     fence_async_shared()
     partition_barrier()
+
+
+@jit
+def _load_piece(memory, call, at, live, begin):
+    WIDTH: gl.constexpr = memory.shape[1]
+    d = begin + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, WIDE))
+    there = gl.expand_dims(live, 1) & gl.expand_dims(d < call.D, 0)
+    memory.store(gl.load(call.q + gl.expand_dims(at, 1) + gl.expand_dims(d, 0), there, other=0.0))
+    return begin + WIDTH
 
 
 @jit
 def _clear(v, slot, start, lo, hi, BLOCK_S: gl.constexpr):
     """Zero the values of a slot that lie outside [lo, hi): what no row sees may be NaN."""
     if (start < lo) | (start + BLOCK_S > hi):
-        n = start + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, _WIDE))
+        n = start + gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, WIDE))
         seen = gl.expand_dims((n >= lo) & (n < hi), 1)
         for i in gl.static_range(len(v)):
             tile = tile_of(v[i], slot)
-            rows = tile.load(_WIDE)
+            rows = tile.load(WIDE)
             tile.store(gl.where(seen, rows, gl.zeros_like(rows)))
         fence_async_shared()
         partition_barrier()
@@ -221,11 +224,11 @@ def _store_rows(at, row, live, tile, E):
     """Write sums whose rows lie `row` elements past `at`, rounded to the memory's dtype."""
     begin = 0
     for i in gl.static_range(len(tile)):
-        begin = _store_piece(at, row, live, tile[i], begin, E)
+        begin = store_piece(at, row, live, tile[i], begin, E)
 
 
 @jit
-def _store_piece(at, row, live, piece, begin, E):
+def store_piece(at, row, live, piece, begin, E):
     WIDTH: gl.constexpr = piece.shape[1]
     LAYOUT: gl.constexpr = accumulator(WIDTH)
     row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT))
@@ -252,12 +255,18 @@ def _store(call, unit, split, count, acc, total, peak, LAYOUT: gl.constexpr):
     elif call.parts is not None:
         at = out * call.splits + split
         _store_rows(call.parts, at * call.E, live, acc, call.E)
-        gl.store(call.sums + 2 * at, peak, live)
-        gl.store(call.sums + 2 * at + 1, total, live)
+        store_sums(call, at, live, total, peak)
 
 
 @jit
-def _rows(call, unit, LAYOUT: gl.constexpr):
+def store_sums(call, at, live, total, peak):
+    """What `fold` needs of a row's split besides its sums of values."""
+    gl.store(call.sums + 2 * at, peak, live)
+    gl.store(call.sums + 2 * at + 1, total, live)
+
+
+@jit
+def rows_of(call, unit, LAYOUT: gl.constexpr):
     """The packed rows beside keys."""
     r = unit.begin + gl.arange(0, GROUP, layout=LAYOUT)
     t = r // call.groups
@@ -277,7 +286,7 @@ def _slopes(call, unit, LAYOUT: gl.constexpr):
 
 
 @jit
-def _start(call, unit, count, LAYOUT: gl.constexpr):
+def start_of_split(call, unit, count, LAYOUT: gl.constexpr):
     """Total and peak before the first key: a sink is one, where no `fold` follows that adds it."""
     r = unit.begin + gl.arange(0, GROUP, layout=LAYOUT)
     h = gl.minimum(unit.g * call.groups + r % call.groups, call.K * call.groups - 1)
@@ -297,8 +306,8 @@ def _attend_split(
     """The sums over one split's keys, and the next step."""
     ROW: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_S))
     COLUMN: gl.constexpr = gl.SliceLayout(0, accumulator(BLOCK_S))
-    low, final = _tiles_of(parts, split, BLOCK_S)
-    total, peak = _start(call, unit, parts.count, ROW)
+    low, final = tiles_of(parts, split, BLOCK_S)
+    total, peak = start_of_split(call, unit, parts.count, ROW)
     slot, full = slot_of(step, STAGES)
     mbarrier.wait(k.full.index(slot), full)
     s = warpgroup_mma_wait(0, deps=[product(q.memory, 0, k.memory, slot)])
@@ -329,11 +338,11 @@ def _consume(
 ):  # fmt: skip
     """The warpgroup: every slots-th split of its rows."""
     ROW: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_S))
-    unit = _unit(call)
-    parts = _partition(call, unit, FEWEST, MOST, BLOCK_S, ROW)
+    unit = unit_of(call)
+    parts = parts_of(call, unit, FEWEST, MOST, BLOCK_S, ROW)
     if unit.slot < parts.count:
-        _load_queries(q.memory, call, unit)
-        rows, slopes, step = _rows(call, unit, ROW), call.alibi, 0
+        load_queries(q.memory, call, unit)
+        rows, slopes, step = rows_of(call, unit, ROW), call.alibi, 0
         if slopes is not None:
             slopes = _slopes(call, unit, ROW)
         scores = Scores(call.scale, call.softcap, slopes)
@@ -370,7 +379,7 @@ def attend(
         k_at = (k0, k1)
     if v1 is not None:
         v_at = (v0, v1)
-    q = Ring(_room(k_at), None, None)  # written once, by those who read it
+    q = Ring(room_for(k_at), None, None)  # written once, by those who read it
     k, v = ring(k_at, STAGES, 1), ring(v_at, STAGES, 1)
     gl.warp_specialize(
         [
@@ -383,7 +392,7 @@ def attend(
 
 
 @jit
-def _room(descriptors):
+def room_for(descriptors):
     """Shared memory for one tile of queries, in pieces like the keys'."""
     memory = ()
     for i in gl.static_range(len(descriptors)):
