@@ -195,6 +195,20 @@ def _softmax(
 
 
 @jit
+def _landed(acc, p, following):
+    """Sums to which p's products were added, and weights that the wait may not run ahead of.
+
+    p is named as well: until the wait, its registers may not be taken for anything else.
+    """
+    if len(acc) == 1:
+        first, _, following = warpgroup_mma_wait(0, deps=[acc[0], p, following])
+        return (first,), following
+    else:
+        first, second, _, following = warpgroup_mma_wait(0, deps=[acc[0], acc[1], p, following])
+        return (first, second), following
+
+
+@jit
 def _absorb(
     INDEX: gl.constexpr, work, tile, stop, low, step, p, acc, total, peak, rows, scores,
     SCORED: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr, BLOCK_S: gl.constexpr,
@@ -210,13 +224,13 @@ def _absorb(
         ahead = added(acc, p, v.memory, before)
         s = warpgroup_mma_wait(len(acc), deps=[s])
         mbarrier.arrive(k.empty.index(slot), count=1)
-        p, shrink, total, peak = _softmax(
+        following, shrink, total, peak = _softmax(
             s, tile, rows, scores, total, peak, v, SCORED, SOFTCAP, MASKED, BLOCK_S
         )
         # what spins here keeps the exponentials from being moved behind the wait for p v
-        following, full = slot_of(step + 1, STAGES)
-        mbarrier.wait(k.full.index(following), full, pred=tile > low)
-        acc, p = landed(ahead, p)
+        later, full = slot_of(step + 1, STAGES)
+        mbarrier.wait(k.full.index(later), full, pred=tile > low)
+        acc, p = _landed(ahead, p, following)
         mbarrier.arrive(v.empty.index(before), count=1)
         acc = scaled(acc, shrink)
         step += 1
