@@ -18,6 +18,7 @@ from swathe.kernels.attention import _gluon_forward
 from swathe.kernels.attention._gluon_blocks import (
     COMPUTE,
     COPY,
+    QUERIES,
     REGISTERS,
     SECTION,
     boxes,
@@ -32,7 +33,7 @@ from swathe.kernels.core.launch import Launcher, cdiv
 from swathe.kernels.core.rows import unit_rows
 
 _WIDEST = 256
-_QUERIES, _GROUP = _gluon_forward.ROWS.value, 64
+_GROUP = 64  # rows that a warpgroup has of a tile
 
 _forward_at = Launcher(_gluon_forward.forward)
 
@@ -115,7 +116,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     bound_b, bound_t, place_b, alibi_b = *rows.bounds, *rows.strides(H)[:2]
     with guard(q):
         _forward_at(
-            (min(multiprocessors(q.device), cdiv(T, _QUERIES) * H * B), 1, 1),
+            (min(multiprocessors(q.device), cdiv(T, QUERIES) * H * B), 1, 1),
             (lse, *descriptors(q, _GROUP), *descriptors(k, block.keys),
              *descriptors(v, block.keys), *descriptors(o.transpose(1, 2), _GROUP), rows.first,
              rows.last, rows.places, rows.sinks, rows.alibi,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 # of the L2 cache, which is 50 MB: keys and values that heads in flight may hold there
 SECTION = 32 << 20
+QUERIES = 128  # of a tile
+_ROOM = 232_448 - 1024  # bytes of shared memory, less barriers and what aligns tiles
 # registers that a thread starts with where there are twelve warps, those of one that computes, and
 # of one that copies
 REGISTERS, COMPUTE, COPY = 168, 240, 24
@@ -53,7 +55,20 @@ def boxes(D: int) -> tuple[int, ...]:
     return (whole,) if most >= D or most + rest >= whole else (most, rest)
 
 
+@lru_cache(maxsize=64)
 def forward_blocks(D: int, E: int) -> ForwardBlocks:
     """Tiles of the forward for heads of D and E features, of at most 256."""
-    wide = sum(boxes(D)), sum(boxes(E))
-    return next(row for row in FORWARD if wide[0] <= row.D and wide[1] <= row.E)
+    of_d, of_e = boxes(D), boxes(E)
+    wide = (sum(of_d), sum(of_e))
+    for row in FORWARD:
+        # o leaves through the boxes of q if its own are as wide
+        made = row._replace(shared=row.shared and of_d[: len(of_e)] == of_e)
+        if wide[0] <= row.D and wide[1] <= row.E and _bytes(*wide, made) <= _ROOM:
+            return made
+    raise AssertionError((D, E))
+
+
+def _bytes(d: int, e: int, block: ForwardBlocks) -> int:
+    """Shared memory of q, o, k and v."""
+    rows = QUERIES * (d if block.shared else d + e)
+    return 2 * (rows + block.stages * block.keys * (d + e))
