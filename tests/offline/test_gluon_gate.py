@@ -9,7 +9,7 @@ import pytest
 
 from support import gate
 from support.gluon_gate import GluonConfiguration
-from support.machine_code import GluonCode, _ptxas_log, box
+from support.machine_code import GluonCode, _ptxas_log, box, compile_gluon
 from support.overlap import hot_loops
 from support.partitions import partitions
 from swathe.kernels.core.gluon import (
@@ -94,33 +94,32 @@ def attend(
 
 
 LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+TYPES = {
+    "out_ptr": "*fp32",
+    "q_at": box("bf16", [64, 128], LAYOUT),
+    "k_at": box("bf16", [128, 128], LAYOUT),
+    "tiles": "i32",
+}
+
+
+@cache
+def compiled(*, pinned: bool = True) -> GluonCode:
+    """The kernel above; without its pin, nothing but the order of instructions differs."""
+    constants = {"STAGES": 2, "PINNED": pinned}
+    return compile_gluon(attend, TYPES, constants, {"out_ptr"}, 4, 128)
+
+
 CONFIGURATION = GluonConfiguration(
     "attend",
-    attend,
-    {
-        "out_ptr": "*fp32",
-        "q_at": box("bf16", [64, 128], LAYOUT),
-        "k_at": box("bf16", [128, 128], LAYOUT),
-        "tiles": "i32",
-    },
-    {"STAGES": 2, "PINNED": True},
-    frozenset({"out_ptr"}),
-    warps=4,
-    maxnreg=128,
+    compiled,
     loops=1,
     matrix=({"64x128x16 SS": 8, "64x128x16 RS": 8},),
     copies={"UTMALDG": 3, "UTMASTG": 0},
 )
 
 
-@cache
-def compiled(*, pinned: bool) -> GluonCode:
-    """The kernel above; without its pin, nothing but the order of instructions differs."""
-    return replace(CONFIGURATION, constants={"STAGES": 2, "PINNED": pinned}).compile("sm_90")
-
-
 def test_a_real_kernel_passes() -> None:
-    code = compiled(pinned=True)
+    code = compiled()
     assert CONFIGURATION.faults(code, "sm_90") == []
     assert (code.threads, code.registers, code.serialised) == (256, 128, ())
     assert {p.limit for p in code.partitions} == {24, 232}
@@ -135,9 +134,6 @@ def test_a_real_loss_of_overlap_does_not() -> None:
 
 
 def test_ptxas_is_asked_about_the_very_code() -> None:
-    source = replace(CONFIGURATION, constants={"STAGES": 2, "PINNED": True})
-    code = source.compile("sm_90")
-    assert code.sass == compiled(pinned=True).sass
     with pytest.raises(AssertionError, match="other flags"):
         _ptxas_log(SMALL_PTX, b"another kernel")
 
@@ -208,13 +204,13 @@ def test_planted(fault: str) -> None:
     ("fact", "value"), [("instructions", 100), ("in_flight", 101), ("barriers", 0)]
 )
 def test_worse_than_the_baseline(fact: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = CONFIGURATION.facts(compiled(pinned=True), "sm_90")
+    known = CONFIGURATION.facts(compiled(), "sm_90")
     rows = {"attend sm_90": known}
     monkeypatch.setattr(gate, "_baseline", lambda op: {gate.TRITON: rows})
-    gate.verify("attention_gluon", CONFIGURATION, "sm_90")
+    gate.verify("attend", CONFIGURATION, "sm_90")
     rows["attend sm_90"] = {**known, fact: value}
     with pytest.raises(AssertionError, match=rf"{fact}: \d+, baseline {value}"):
-        gate.verify("attention_gluon", CONFIGURATION, "sm_90")
+        gate.verify("attend", CONFIGURATION, "sm_90")
 
 
 def test_partitions_are_followed_through_jumps() -> None:

@@ -6,35 +6,42 @@ suffice, and the operands lie where the kernel put them, so these are rules and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from threading import Lock
 
-from support.gate import SHARED_MEMORY
-from support.machine_code import GluonCode, compile_gluon
+from support.fake_driver import fake_gpu
+from support.machine_code import SHARED_MEMORY, GluonCode, read_gluon
+from swathe.kernels.core.launch import Launcher
 
 _REGISTERS = 65_536  # of a multiprocessor
+_ONE_DEVICE = Lock()
+
+
+def launched(kernel: str, call: Callable[[], object]) -> GluonCode:
+    """The code of the one kernel of this name that `call` launches on a Hopper that is not here."""
+    with _ONE_DEVICE, fake_gpu("sm_90"):
+        call()
+        launchers = list(Launcher._made)
+        compiled = [c for at in launchers for c in at._compiled.values() if c.name == kernel]
+    assert len(compiled) == 1, f"{len(compiled)} kernels called {kernel}"
+    return read_gluon(compiled[0])
 
 
 @dataclass(frozen=True)
 class GluonConfiguration:
     """One specialisation of a Gluon kernel that ships.
 
-    `types`, `constants`, `divisible`, `warps` and `maxnreg` are `compile_gluon`'s. `matrix` are the
-    wgmma that each hot loop must hold, by shape and operand ("64x128x16 RS": 8): one for all loops,
-    or several of which each loop holds one. `in_flight` is the least percentage of a loop's
-    exponentials beside them, `shared_accesses` the most exchanges through shared memory in a loop,
-    `spilled` the most bytes outside of loops. `loops` is the number of hot loops; a loop that is
-    unrolled away or split would otherwise go unseen.
+    `build` compiles it: `launched` for what a launcher runs. `loops` is the number of hot loops,
+    since one that is unrolled away or split would otherwise go unseen; each must hold one of
+    `matrix`, which are numbers of wgmma by shape and operand ({"64x128x16 RS": 8}). `in_flight` is
+    the least percentage of a loop's exponentials beside them, `shared_accesses` the most exchanges
+    through shared memory in a loop, `spilled` the most bytes outside of loops, `copies` the TMA
+    instructions by name.
     """
 
     label: str
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any]
-    divisible: frozenset[str]
-    warps: int
-    maxnreg: int | None
+    build: Callable[[], GluonCode]
     loops: int
     matrix: tuple[Mapping[str, int], ...]
     in_flight: int = 95
@@ -49,10 +56,7 @@ class GluonConfiguration:
     def compile(self, target: str) -> GluonCode:
         """Compile for `target`, which is sm_90."""
         assert target == "sm_90", target
-        known = set(self.divisible)
-        return compile_gluon(
-            self.kernel, dict(self.types), dict(self.constants), known, self.warps, self.maxnreg
-        )
+        return self.build()
 
     def faults(self, code: GluonCode, target: str) -> list[str]:
         """The rules that `code` breaks."""

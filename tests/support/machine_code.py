@@ -131,7 +131,11 @@ def compile_gluon(
 
     Types of descriptors are made by `box`. `num_warps` are those of the default partition.
     """
-    compiled = build_gluon(kernel, types, constants, divisible, num_warps, maxnreg)
+    return read_gluon(build_gluon(kernel, types, constants, divisible, num_warps, maxnreg))
+
+
+def read_gluon(compiled: Any) -> GluonCode:
+    """What the machine code of Triton's object for a compiled kernel says."""
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     code = _read_nvidia(cubin, compiled.metadata.shared)
     names = ("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS")
