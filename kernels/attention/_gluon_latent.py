@@ -10,14 +10,14 @@ Floors   bytes: 2 * 576 a key for each 64 rows; flops: 2 * 64 * (576 + 512) a ke
          185 with the scores taken twice: bytes and matrix units bind about alike.
 Memory   one ring of keys is all, 221 KB of queries and two tiles; a tile is loaded while the other
          is worked on, and one warpgroup's softmax runs beside the other's products.
-Splits   and rows, pages and bits are _gluon_decode_split's, whose sums `fold` adds up.
+Splits   and rows, pages and bits are _gluon_splits's, whose sums `fold` adds up.
 """
 
 # pyright: reportArgumentType=false
 
 from __future__ import annotations
 
-from swathe.kernels.attention._gluon_decode_split import (
+from swathe.kernels.attention._gluon_splits import (
     LANES,
     WIDE,
     Call,
@@ -109,9 +109,7 @@ def _absorb(
         mbarrier.wait(k.full.index(slot), full)
         s = warpgroup_mma_wait(0, deps=[product(q, 0, k.memory, slot)])
         n = gl.expand_dims(tile * BLOCK_S + gl.arange(0, BLOCK_S, layout=COLUMN), 0)
-        weights, shrink, total, peak = weigh(
-            s, rows, n, scores, total, peak, SCORED, SOFTCAP, True
-        )
+        weights, shrink, total, peak = weigh(s, rows, n, scores, total, peak, SCORED, SOFTCAP, True)
         values = tile_of(k.memory[0], slot).slice(INDEX * HALF, HALF, dim=1)
         if EDGE:
             _clear(values, tile * BLOCK_S, parts.lo, parts.hi, BLOCK_S)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from support.decode_cases import NAN, Case, check, paged
-from support.gluon import EmulationError, Stats, emulated
-from support.mutants import Mutant, planted
+from support.gluon_decoding import run
 from support.tensors import DEVICE, rows
 from swathe.kernels.attention import _gluon_decode as decoding
-from swathe.kernels.attention import _gluon_decode_split as kernel
-from swathe.kernels.attention.mask import Mask
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the emulator computes on a CPU")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,9 +22,11 @@ CASES = [
     Case((1100,), 2, 1, 64, 1100, 64, 64, bf16),
     Case((600,), 18, 1, 1, 640, 128, 64, fp16),
     Case((300,), 5, 1, 7, 400, 256, 256, bf16),
+    Case((515,), 18, 1, 1, 515, 192, 128, bf16),
+    Case((300, 64), 18, 1, 1, 320, 80, 80, fp16),
 ]
 BASE = Case((290, 40), 32, 2, 2, 304, 64, 64, bf16)
-SLOPES = (2.0 ** -torch.arange(1.0, BASE.H + 1) ** 0.3).to(DEVICE)
+SLOPES = (2.0 ** -(torch.arange(1.0, BASE.H + 1) ** 0.3)).to(DEVICE)
 SINKS = rows(BASE.H, seed=5)
 FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "window": ({"window": 100}, {}),
@@ -45,25 +41,6 @@ FEATURES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sinks, one of them off": ({}, {"sinks": SINKS.masked_fill(SINKS > 1, -torch.inf)}),
     "scale below zero": ({}, {"scale": -0.3}),
 }
-
-
-def run(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, table: Tensor | None = None,
-    seed: int = 0, scale: float | None = None, softcap: float | None = None,
-    alibi: Tensor | None = None, sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Stats]:  # fmt: skip
-    """o and lse, in a schedule that the seed picks, and what the kernel did."""
-    T, S = q.shape[2], k.shape[2] * (1 if table is None else table.shape[1])
-    bounds = mask.bounds_int32(T, S, q.device)
-    places = None if mask.places is None else mask.places.int()
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    planes = (None, None, None)
-    assert decoding.why_not(q, k, v, *planes, table) is None
-    with emulated(seed=seed) as stats:
-        o, lse2 = decoding.decode(
-            q, k, v, *bounds, places, *planes, sinks, alibi, table, scale, softcap or 0.0
-        )
-    return o, lse2 * math.log(2.0), stats
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -97,6 +74,21 @@ def test_features(name: str) -> None:
     of_k, of_v, table = paged(2 * k, v, 128, BASE.lengths)
     again, lse_again, _ = run(2 * q, of_k, of_v, mask, table=table, seed=1, **scores)
     assert torch.equal(o, again) and torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("page", [None, 64])
+@pytest.mark.parametrize("T", [1, 2])
+def test_latent_cache(T: int, page: int | None) -> None:
+    """DeepSeek's: 576 features that all heads share, of which 512 are the values too."""
+    case = Case((300, 70, 1), 34, 1, T, 320, 576, 512, bf16)
+    q, k, _ = case.inputs()
+    scale, v, table, of_k = 0.07, k[..., :512], None, k
+    if page:
+        of_k, _, table = paged(k, v, page, case.lengths)
+    latent = of_k[..., :512]
+    o, lse, stats = run(q, of_k, latent, case.mask, table=table, scale=scale, seed=T)
+    check(o, lse, q, k, v, case.mask, scale=scale)
+    assert stats.loaded_bytes <= (5 + 2 + 1) * T * 64 * 576 * 2  # once for each 64 rows
 
 
 def test_keys_are_read_once_for_all_rows_that_share_them() -> None:
@@ -143,82 +135,20 @@ def test_rows_that_see_nothing(S: int) -> None:
     ("change", "reason"),
     [
         ({"dtype": fp32}, "float32"),
-        ({"D": 80, "E": 80}, "80 and 80 features"),
-        ({"D": 512, "E": 64}, "512 and 64 features"),
+        ({"D": 12, "E": 64}, "12 features"),
+        ({"D": 64, "E": 512}, "512 features"),
+        ({"D": 576, "E": 512}, "in k's own memory"),
     ],
 )
 def test_what_it_does_not_serve(change: dict[str, Any], reason: str) -> None:
     q, k, v = BASE._replace(**change).inputs()
-    assert reason in str(decoding.why_not(q, k, v, None, None, None, None))
+    assert reason in str(decoding.why_not(q, k, v, None, None, None, None, None))
 
 
 def test_pages_smaller_than_a_tile_are_not_served() -> None:
     q, k, v = BASE.inputs()
     of_k, of_v, table = paged(k, v, 16, BASE.lengths)
-    reason = str(decoding.why_not(q, of_k, of_v, None, None, None, table))
+    reason = str(decoding.why_not(q, of_k, of_v, None, None, None, None, table))
     assert "pages of 16 keys" in reason
     strided = torch.empty(2, 2, 304, 65, dtype=bf16)[..., :64]
-    assert "strides" in str(decoding.why_not(q, strided, strided, None, None, None, None))
-
-
-MUTANTS = {
-    "queries without a fence": Mutant(
-        "        begin += WIDTH\n    fence_async_shared()\n", "        begin += WIDTH\n"
-    ),
-    "zeroed values without a fence": Mutant(
-        "gl.zeros_like(rows)))\n        fence_async_shared()\n", "gl.zeros_like(rows)))\n"
-    ),
-    "values before their phase": Mutant(
-        "    mbarrier.wait(v.full.index(slot), full)\n    _clear(v.memory, slot, final",
-        "    _clear(v.memory, slot, final",
-    ),
-    "keys never given back": Mutant(
-        "    mbarrier.arrive(k.empty.index(slot), count=1)\n    n = ", "    n = "
-    ),
-    "values given back before their product": Mutant(
-        "    acc, _ = landed(added(acc, p, v.memory, slot), p, p)\n"
-        "    mbarrier.arrive(v.empty.index(slot), count=1)\n",
-        "    mbarrier.arrive(v.empty.index(slot), count=1)\n"
-        "    acc, _ = landed(added(acc, p, v.memory, slot), p, p)\n",
-    ),
-    "values given back twice": Mutant(
-        "    mbarrier.arrive(v.empty.index(slot), count=1)\n    return acc",
-        "    mbarrier.arrive(v.empty.index(slot), count=2)\n    return acc",
-    ),
-    "the copying warp is a step ahead": Mutant("        step += 1\n\n\n@jit\ndef _load", "\n\n@jit\ndef _load"),
-    "values of the tile before": Mutant("fill(v, v_at, before, unit.g, behind", "fill(v, v_at, page, unit.g, row"),
-    "what lies past the last key": Mutant("    _clear(v.memory, slot, final * BLOCK_S, parts.lo, parts.hi, BLOCK_S)\n", ""),
-    "what lies before the first key": Mutant("    _clear(v.memory, slot, low * BLOCK_S, parts.lo, parts.hi, BLOCK_S)\n", ""),
-    "the next split's first key": Mutant("start + parts.each, parts.hi", "start + parts.each + 1, parts.hi"),
-    "another head's slope": Mutant("unit.g * call.groups + r % call.groups\n    return gl.expand_dims(gl.load", "r % call.groups\n    return gl.expand_dims(gl.load"),
-    "a sink in every split": Mutant("alone = count == 1", "alone = count >= 1"),
-    "queries of the next row": Mutant("h.to(gl.int64) * call.q_h + t.to", "h.to(gl.int64) * call.q_h + (t + 1).to"),
-    "rows of another head": Mutant("at = out * call.splits + split", "at = out * call.splits"),
-}  # fmt: skip
-
-
-def held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hard call, of more tiles a program than stages, holds over three schedules."""
-    monkeypatch.setattr(decoding, "PROGRAMS", 1)
-    monkeypatch.setattr(decoding, "multiprocessors", lambda _: 1)
-    case = Case((1500, 290), 32, 2, 2, 1536, 64, 64, bf16)
-    q, k, v = case.inputs()
-    # slopes so slight that the first keys count as the last do
-    slopes, sinks = 2.0**-12 * torch.arange(1.0, 33), rows(32, seed=5)
-    mask = replace(case.mask, start=torch.tensor([7, 3]))
-    k[:, :, :3], v[:, :, :3] = NAN, NAN
-    for seed in range(3):
-        o, lse, _ = run(q, k, v, mask, seed=seed, alibi=slopes, sinks=sinks)
-        check(o, lse, q, k, v, mask, alibi=slopes, sinks=sinks)
-
-
-def test_unplanted_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    held(monkeypatch)
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_bugs_are_caught(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with planted(kernel, MUTANTS[name], tmp_path), pytest.raises((AssertionError, EmulationError)):
-        held(monkeypatch)
+    assert "strides" in str(decoding.why_not(q, strided, strided, None, None, None, None, None))
