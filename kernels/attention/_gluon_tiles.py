@@ -239,12 +239,8 @@ def queries(
 
 
 @jit
-def stretches(
-    bounds, begin, T, S, ROWS: gl.constexpr, BLOCK_S: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Key tiles that rows from `begin` on see: the first and the last, from where and to where all
-    rows see whole tiles. Rows that see nothing are given a tile, all of whose keys are hidden.
-    """
+def extents(bounds, begin, T, S, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The first key that any of ROWS rows sees and one past the last; from and to which all see."""
     low, high, whole_from, whole_to = FAR, 0, 0, S
     for i in gl.static_range(ROWS // GROUP):
         index = begin + i * GROUP + gl.arange(0, GROUP, layout=LAYOUT)
@@ -253,6 +249,17 @@ def stretches(
         live = index < T
         whole_from = gl.maximum(whole_from, gl.max(gl.where(live, first, 0), 0))
         whole_to = gl.minimum(whole_to, gl.min(gl.where(live, last, S), 0))
+    return low, high, whole_from, whole_to
+
+
+@jit
+def stretches(
+    bounds, begin, T, S, ROWS: gl.constexpr, BLOCK_S: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Key tiles that rows from `begin` on see: the first and the last, from where and to where all
+    rows see whole tiles. Rows that see nothing are given a tile, all of whose keys are hidden.
+    """
+    low, high, whole_from, whole_to = extents(bounds, begin, T, S, ROWS, LAYOUT)
     final = gl.maximum(high - 1, 0) // BLOCK_S
     low = gl.minimum(low // BLOCK_S, final)
     return low, gl.cdiv(whole_from, BLOCK_S), whole_to // BLOCK_S, final

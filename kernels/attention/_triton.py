@@ -23,7 +23,7 @@ Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ from swathe.kernels.attention._triton_blocks import (
     tiles_by_tma,
 )
 from swathe.kernels.attention._triton_decode import decode
-from swathe.kernels.attention.op import empty_backward, empty_forward, strides_of
+from swathe.kernels.attention._triton_rows import Rows
+from swathe.kernels.attention.op import empty_backward, empty_forward
 from swathe.kernels.core.device import guard
 from swathe.kernels.core.launch import Launcher, cdiv
 from swathe.kernels.core.rows import unit_rows
@@ -47,67 +48,6 @@ _forward_at = Launcher(_triton_forward.forward)
 _backward_q_at = Launcher(_triton_backward.backward_q)
 _backward_kv_at = Launcher(_triton_backward.backward_kv)
 _backward_bias_at = Launcher(_triton_backward.backward_bias)
-
-
-class Rows(NamedTuple):
-    """What the launchers take of a mask and of the scores, in the order of the operators."""
-
-    first: Tensor
-    last: Tensor
-    places: Tensor | None
-    keys: Tensor | None
-    allowed: Tensor | None
-    bias: Tensor | None
-    sinks: Tensor | None
-    alibi: Tensor | None
-    seed: Tensor | None
-    scale: float
-    softcap: float
-    dropout: float
-    padded: bool
-
-    @property
-    def masks(self) -> tuple[Tensor | None, ...]:
-        """Tensors from alibi to seed, as kernels take them."""
-        keys = None if self.keys is None else unit_rows(self.keys).view(torch.uint8)
-        allowed = None if self.allowed is None else self.allowed.view(torch.uint8)
-        return self.alibi, keys, allowed, self.bias, self.seed
-
-    def strides(self, heads: int) -> tuple[int, ...]:
-        """Of places, alibi, keys, allowed and bias, 0 where they are broadcast."""
-        return (
-            0 if self.places is None or self.places.shape[0] == 1 else self.places.stride(0),
-            heads if self.alibi is not None and self.alibi.dim() == 2 else 0,
-            0 if self.keys is None or self.keys.shape[0] == 1 else unit_rows(self.keys).stride(0),
-            *strides_of(self.allowed),
-            *strides_of(self.bias),
-        )
-
-    @property
-    def bounds(self) -> tuple[int, ...]:
-        """Strides of first and last, which have one shape."""
-        return tuple(
-            0 if n == 1 else stride
-            for n, stride in zip(self.first.shape, self.first.stride(), strict=True)
-        )
-
-    def numbers(self, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
-        """What kernels take unspecialised."""
-        (_, H, T, _), (_, K, S, _) = q.shape, k.shape
-        lowest = 0.0 if self.bias is None else torch.finfo(self.bias.dtype).min
-        scores = (float(self.scale), float(self.softcap), lowest, float(self.dropout))
-        return (T, S, H, H // K, S - T, *scores)
-
-    @property
-    def dense(self) -> bool:
-        """Whether every weight has a number of its own, of a mask, a bias or dropout."""
-        return not (self.allowed is None and self.bias is None and self.seed is None)
-
-    @property
-    def flags(self) -> tuple[bool, bool]:
-        """SCORED: whether scores need more than a positive scale; SOFTCAP."""
-        plain = self.softcap == 0.0 and self.alibi is None and self.bias is None
-        return not plain or self.scale <= 0.0, self.softcap != 0.0
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int]:
