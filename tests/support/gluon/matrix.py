@@ -99,7 +99,7 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
     while len(task.products) > allowed:
         product = task.products.pop(0)
         product.finish()
-        if isinstance(product.a, Tensor) and not any(d is product.a for d in deps):
+        if isinstance(product.a, Tensor) and not any(_same(product.a, d) for d in deps):
             raise fault(
                 "a product's operand in registers may be overwritten before it is read: the wait "
                 "that ends the product must have the operand in its deps"
@@ -113,6 +113,11 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
         out.append(value)
     task.schedule.step()
     return out[0] if len(out) == 1 else tuple(out)
+
+
+def _same(operand: Tensor, kept: Any) -> bool:
+    # conversions of layout that move nothing leave the registers what they are
+    return isinstance(kept, Tensor) and kept.data is operand.data
 
 
 def _check(a: Any, b: Any, acc: Any) -> None:

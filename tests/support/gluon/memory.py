@@ -178,8 +178,9 @@ def allocate_shared_memory(
         from support.gluon.barriers import Barriers
 
         return Barriers(sizes[0])
-    if any(n < 1 or n & (n - 1) for n in sizes[-2:]):
-        raise fault(f"shared memory of shape {sizes}: the last two are powers of two")
+    inner = sizes[1:] or sizes  # of stages there may be any number
+    if any(n < 1 for n in sizes) or any(n & (n - 1) for n in inner):
+        raise fault(f"shared memory of shape {sizes}: all but the first are powers of two")
     size = prod(sizes) * np.dtype(stored_as(element_ty)).itemsize
     claim(size)
     view = _of_bytes(Buffer(size), 0, element_ty, sizes, layout)
