@@ -172,12 +172,14 @@ def _weights(
 
 
 @jit
-def _done(acc, PENDING: gl.constexpr):
-    """Sums whose products are done, PENDING later groups of products perhaps not."""
+def _done(acc, p, PENDING: gl.constexpr):
+    """Sums whose products by p are done, PENDING later groups of products perhaps not."""
     if len(acc) == 1:
-        return (warpgroup_mma_wait(PENDING, deps=[acc[0]]),)
+        first, p = warpgroup_mma_wait(PENDING, deps=[acc[0], p])
+        return (first,)
     else:
-        return warpgroup_mma_wait(PENDING, deps=[acc[0], acc[1]])
+        first, second, p = warpgroup_mma_wait(PENDING, deps=[acc[0], acc[1], p])
+        return first, second
 
 
 @jit
@@ -211,13 +213,15 @@ def _gather(
         mbarrier.wait(rows.full.index(slot), full)
         s = warpgroup_mma_wait(len(v.memory), deps=[s])
         p, slope = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
-        dv = added(dv, p.to(dv_at[0].dtype), do.memory, slot)
+        p = p.to(dv_at[0].dtype)
+        dv = added(dv, p, do.memory, slot)
         delta = _numbers(rows.stats, 2 * slot + 1, BLOCK_T)
         dp = warpgroup_mma_wait(len(v.memory), deps=[dp])
-        dk = added(dk, (slope * (dp - delta)).to(dk_at[0].dtype), q.memory, slot)
-        dv = _done(dv, len(k.memory))
+        ds = (slope * (dp - delta)).to(dk_at[0].dtype)
+        dk = added(dk, ds, q.memory, slot)
+        dv = _done(dv, p, len(k.memory))
         mbarrier.arrive(do.empty.index(slot), count=1)
-        dk = _done(dk, 0)
+        dk = _done(dk, ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
     store(dk_at, k.memory, INDEX, times(dk, call.scale), turns.b, turns.g, start)
@@ -247,9 +251,10 @@ def _gather_v(
         mbarrier.wait(rows.full.index(slot), full)
         p, _ = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
         mbarrier.wait(do.full.index(slot), full)
-        dv = added(dv, p.to(dv_at[0].dtype), do.memory, slot)
+        p = p.to(dv_at[0].dtype)
+        dv = added(dv, p, do.memory, slot)
         s = warpgroup_mma_wait(len(v.memory), deps=[s_ahead])
-        dv = _done(dv, 0)
+        dv = _done(dv, p, 0)
         mbarrier.arrive(do.empty.index(slot), count=1)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
@@ -282,7 +287,8 @@ def _gather_k(
         mbarrier.wait(q.full.index(ahead), full_ahead, pred=step + 1 < turns.count)
         dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])
         mbarrier.arrive(do.empty.index(slot), count=1)
-        dk = _done(added(dk, (slope * (dp - delta)).to(dk_at[0].dtype), q.memory, slot), 0)
+        ds = (slope * (dp - delta)).to(dk_at[0].dtype)
+        dk = _done(added(dk, ds, q.memory, slot), ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
     sync_warpgroups(8, 256)

@@ -17,7 +17,6 @@ from swathe.kernels.attention._gluon_tiles import (
     landed,
     load,
     logits,
-    operand,
     product,
     queries,
     ring,
@@ -217,7 +216,6 @@ def _descend(
         dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])
         mbarrier.arrive(v.empty.index(at_v), count=1)
         ds = (slope * (dp - delta)).to(dq_at[0].dtype)
-        ds = gl.convert_layout(ds, operand(k.memory[0].shape[4]))
         dq, _ = landed(added(dq, ds, k.memory, at_k), ds)
         mbarrier.arrive(k.empty.index(at_k), count=1)
         step += 1
