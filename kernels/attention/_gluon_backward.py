@@ -50,12 +50,12 @@ _PLAIN = {
     192: (OfQ(64, 2, 2), OfKV(64, 2, True)),
     256: (OfQ(64, 2, 1), OfKV(64, 2, True)),
 }
-# a softcap's tanh takes registers
-_CAPPED = {
+# slopes of ALiBi and a softcap's tanh take registers
+_SCORED = {
     64: (OfQ(64, 2, 2), OfKV(64, 3, False)),
     128: (OfQ(64, 2, 2), OfKV(32, 3, False)),
-    192: (OfQ(64, 2, 2), OfKV(64, 2, True)),
-    256: (OfQ(32, 2, 2), OfKV(64, 2, True)),
+    192: (OfQ(32, 2, 2), OfKV(64, 2, True)),
+    256: (OfQ(32, 2, 2), OfKV(32, 3, True)),
 }
 
 
@@ -63,9 +63,9 @@ def why_not(do: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> str | No
     return None
 
 
-def blocks_for(D: int, E: int, softcap: bool) -> tuple[OfQ, OfKV]:
+def blocks_for(D: int, E: int, scored: bool) -> tuple[OfQ, OfKV]:
     """Tiles of both kernels for heads of D and E features."""
-    table = _CAPPED if softcap else _PLAIN
+    table = _SCORED if scored else _PLAIN
     return next(table[width] for width in table if max(D, E) <= width)
 
 
@@ -101,7 +101,7 @@ def backward(
     dq, dk, dv, stats = empty_backward(do, dlse, q, k, v, o, lse)
     (B, H, T, D), (_, K, S, E), rows = q.shape, v.shape, Rows(*rest)
     do, q, k, v, o = unit_rows(do), unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(o)
-    of_q, of_kv = blocks_for(D, E, rows.softcap != 0.0)
+    of_q, of_kv = blocks_for(D, E, rows.alibi is not None or rows.softcap != 0.0)
     tiles, span = cdiv(T, 2 * _GROUP), stats.shape[3]
     seen = torch.empty(B, 2, span, dtype=torch.int32, device=q.device)
     reach = torch.empty(B, tiles, 2, dtype=torch.int32, device=q.device)
