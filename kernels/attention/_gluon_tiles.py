@@ -253,9 +253,7 @@ def extents(bounds, begin, T, S, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @jit
-def stretches(
-    bounds, begin, T, S, ROWS: gl.constexpr, BLOCK_S: gl.constexpr, LAYOUT: gl.constexpr
-):
+def stretches(bounds, begin, T, S, ROWS: gl.constexpr, BLOCK_S: gl.constexpr, LAYOUT: gl.constexpr):
     """Key tiles that rows from `begin` on see: the first and the last, from where and to where all
     rows see whole tiles. Rows that see nothing are given a tile, all of whose keys are hidden.
     """
@@ -279,9 +277,7 @@ def tanh(x):
 
 
 @jit
-def logits(
-    s, rows, n, scores, SCORED: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr
-):
+def logits(s, rows, n, scores, SCORED: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr):
     """Logits z, -inf where a key is hidden; their factor to units of log 2; the softcap's tanh.
 
     Scores that are only scaled (not SCORED, by a positive number) leave the scale to the factor,
@@ -289,10 +285,11 @@ def logits(
     """
     z, t, factor = s, s, scores.scale * LOG2E
     if SCORED:
-        z *= scores.scale
         if SOFTCAP:
-            t = tanh(z / scores.softcap)
+            t = tanh(s * (scores.scale / scores.softcap))
             z = t * scores.softcap
+        else:
+            z = s * scores.scale
         if scores.slope is not None:
             z += scores.slope * (n - rows.place).to(gl.float32)
         factor = LOG2E

@@ -131,9 +131,11 @@ def compile_gluon(
 
     Types of descriptors are made by `box`. `num_warps` are those of the default partition.
     """
-    source = _source(GluonASTSource, kernel, types, constants, divisible)
-    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
+    return read_gluon(build_gluon(kernel, types, constants, divisible, num_warps, maxnreg))
+
+
+def read_gluon(compiled: Any) -> GluonCode:
+    """What the machine code of Triton's object for a compiled kernel says."""
     ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
     code = _read_nvidia(cubin, compiled.metadata.shared)
     names = ("UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS")
@@ -143,6 +145,20 @@ def compile_gluon(
         serialised=tuple(re.findall(r"\(C75\d\d\).*", _ptxas_log(ptx, cubin))),
         copies={name: len(re.findall(rf"\b{name}\b", code.sass)) for name in names},
     )
+
+
+def build_gluon(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    divisible: set[str],
+    num_warps: int,
+    maxnreg: int | None = None,
+) -> Any:
+    """Triton's own object for what `compile_gluon` reads, with the text of every stage in .asm."""
+    source = _source(GluonASTSource, kernel, types, constants, divisible)
+    options = {"num_warps": num_warps, "maxnreg": maxnreg, "enable_fp_fusion": True}
+    return triton.compile(source, target=TARGETS["sm_90"], options=options)
 
 
 def _source(

@@ -12,7 +12,7 @@ from typing import Any
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real
 
 from support.gluon.memory import claim
-from support.gluon.schedule import Clock, Task, fault, here, join, where
+from support.gluon.schedule import Clock, Task, fault, here, join, name_here
 from support.gluon.tensors import constant, number
 
 _MOST_ARRIVALS = 2**20 - 1
@@ -77,11 +77,11 @@ class Mbarrier:
         if self.pending:
             return
         if self.bytes < 0:
-            raise fault(f"{self.name}: copies bring {-self.bytes} more bytes than a phase expects")
+            raise fault(f"{self.name}: copies brought {-self.bytes} more bytes than it expected")
         if self.bytes == 0:
             if self.copies:
                 raise fault(
-                    f"{self.name} completes a phase with copies to it in flight: expects too few"
+                    f"{self.name} expects too few bytes: its phase is over before the copies"
                 )
             assert self.count is not None
             self.completed += 1
@@ -102,9 +102,9 @@ class Barriers:
 
     def __init__(self, count: int, bars: list[Mbarrier] | None = None) -> None:
         if bars is None:
-            claim(8 * count)
-            site = where()
-            bars = [Mbarrier(f"mbarrier {i} of {site}") for i in range(count)]
+            claim(8 * count, 8)
+            name = name_here("mbarriers")
+            bars = [Mbarrier(f"{name}[{i}]" if count > 1 else name) for i in range(count)]
         self.bars = bars
 
     def index(self, index: Any) -> Barriers:

@@ -13,7 +13,7 @@ import numpy as np
 from triton.experimental.gluon import language as real
 
 from support.gluon.barriers import Barriers, one
-from support.gluon.global_memory import _ADDED, Storage, Window, dtype_of
+from support.gluon.global_memory import ADDED, STORED, Storage, Window, dtype_of
 from support.gluon.memory import Shared
 from support.gluon.schedule import EmulationError, fault, here
 from support.gluon.tensors import constant, from_stored, number, to_stored
@@ -135,10 +135,7 @@ def _send(descriptor: Descriptor, coordinates: Any, memory: Shared, adds: bool) 
     task, window = here(), descriptor.window(coordinates)
     outgoing = Outgoing(descriptor, window, memory, adds)
     if window.inside:
-        stored = memory.array[window.part]
-        # what a copy wrote is seen by nobody before the kernel ends
-        writer = _ADDED if adds else task.schedule.actor()
-        window.picked.touch_to_write("a copy out", stored, writer)
+        window.picked.touch_to_write("a copy out", ADDED if adds else STORED)
     task.stores.append(outgoing)
     task.program.stats.stored(descriptor, window)
     task.schedule.later(outgoing.land)

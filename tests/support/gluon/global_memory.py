@@ -1,7 +1,7 @@
 """Global memory: tensor arguments, pointers into them, loads, stores and atomics.
 
 Every address must lie in a tensor argument. Two partitions or programs that touch one address, one
-of them writing, must be ordered by barriers or atomics, unless both write the same value.
+of them writing, must be ordered by barriers or atomics; additions by copies may meet each other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as real
 from support.gluon.schedule import Clock, fault, here, join
 from support.gluon.tensors import (
     Tensor,
+    block,
     broadcast,
     from_stored,
     number,
@@ -37,7 +38,10 @@ _DTYPES = {
     torch.bool: real.int1,
 }
 _SEVERAL = -1  # as the last reader of an address: more than one task
-_ADDED = -2  # as its last writer: additions by copies, which meet in any order
+ADDED = -2  # as its last writer: additions by copies, which meet in any order
+ATOMIC = -3  # or atomics
+STORED = -4  # or a copy out, which nobody sees before the kernel ends
+_NEVER = 2**31 - 1  # a time that no clock reaches
 
 
 def dtype_of(t: torch.Tensor) -> Any:
@@ -92,38 +96,32 @@ class Picked:
     def touch_to_read(self, what: str) -> None:
         """Check a read against writes that are not in the running partition's past; note it."""
         task, storage = here(), self.storage
-        self._ordered(storage.writer, storage.wrote, what, None)
+        self._ordered(storage.writer, storage.wrote, what)
         reader = self.get(storage.reader)
-        self.put(
-            storage.reader,
-            np.where((reader == 0) | (reader == task.number), task.number, _SEVERAL),
-        )
+        alone = (reader == 0) | (reader == task.number)
+        self.put(storage.reader, np.where(alone, task.number, _SEVERAL))
         self.put(storage.read, task.clock[task.number])
 
-    def touch_to_write(self, what: str, values: np.ndarray, writer: int | None = None) -> None:
-        """Check a write against reads and other writes; note it as by `writer`, or this task."""
+    def touch_to_write(self, what: str, together: int | None = None) -> None:
+        """Check a write against reads and other writes; note it.
+
+        `together` is ADDED or ATOMIC for writes that may meet others of their kind.
+        """
         task, storage = here(), self.storage
-        changed = self.get(storage.array) != values
-        self._ordered(storage.writer, storage.wrote, what, changed, writer)
-        self._ordered(storage.reader, storage.read, what, changed)
-        self.put(storage.writer, task.number if writer is None else writer)
-        self.put(storage.wrote, task.clock[task.number] if writer is None else 1)
+        self._ordered(storage.writer, storage.wrote, what, together)
+        if together is None:
+            self._ordered(storage.reader, storage.read, what)
+        self.put(storage.writer, task.number if together is None else together)
+        self.put(storage.wrote, task.clock[task.number] if together is None else _NEVER)
 
     def _ordered(
-        self,
-        actors: np.ndarray,
-        times: np.ndarray,
-        what: str,
-        among: Any,
-        writer: int | None = None,
+        self, actors: np.ndarray, times: np.ndarray, what: str, together: int | None = None
     ) -> None:
         actor, time, clock = self.get(actors), self.get(times), here().clock
         for one in np.unique(actor):
-            if one == 0 or one == writer:
+            if one == 0 or one == together:
                 continue
             late = (actor == one) & (time > clock.get(int(one), 0))
-            if among is not None:
-                late = late & among
             if late.any():
                 kind = "reads" if actors is self.storage.reader else "writes"
                 raise fault(
@@ -198,7 +196,7 @@ def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) ->
         rest = _undefined(dtype) if other is None else tensor(other).to(dtype)
         data = np.array(broadcast(rest, shape), values.dtype)
         data[live] = values
-    return Tensor(data if shape else data.item(), dtype, pointer.layout)
+    return block(data, dtype, pointer.layout)
 
 
 def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
@@ -208,28 +206,31 @@ def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
         raise fault("one store writes an address twice")
     data = broadcast(tensor(value).to(storage.dtype), shape)
     stored = to_stored((data if live is None else data[live]).reshape(-1), storage.dtype)
-    picked.touch_to_write("store", stored)
+    picked.touch_to_write("store")
     picked.put(storage.array, stored)
     here().schedule.step()
 
 
-def atomic_add(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> Tensor:
-    """The value before; also orders this partition after those who came to the address before."""
+def atomic_add(
+    pointer: Pointer, value: Any, mask: Any = None, sem: str = "acq_rel", scope: str = "gpu"
+) -> Tensor:
+    """The value before. Unless relaxed, it orders this partition after those who came before."""
     if pointer.shape:
         raise fault("atomic_add of a block is not emulated: one address at a time")
-    if mask is not None and not tensor(mask):
-        return Tensor(_undefined(pointer.storage.dtype), pointer.storage.dtype)
-    picked, _, _ = pointer.pick("atomic_add", None)
     storage, task = pointer.storage, here()
+    if mask is not None and not tensor(mask):
+        return Tensor(_undefined(storage.dtype), storage.dtype)
+    picked, _, _ = pointer.pick("atomic_add", None)
     past = storage.synchronised.setdefault(number(pointer.at, "an address"), {})
-    task.acquire(past)
-    old = from_stored(picked.get(storage.array), storage.dtype)
-    new = Tensor(old, storage.dtype) + value
-    picked.touch_to_write("atomic_add", to_stored(new.data, storage.dtype))
-    picked.put(storage.array, to_stored(new.data, storage.dtype))
-    join(past, task.release())
+    if sem != "relaxed":
+        task.acquire(past)
+    old = block(from_stored(picked.get(storage.array), storage.dtype).reshape(()), storage.dtype)
+    picked.touch_to_write("atomic_add", ATOMIC)
+    picked.put(storage.array, to_stored(np.asarray((old + value).data), storage.dtype))
+    if sem != "relaxed":
+        join(past, task.release())
     task.schedule.step()
-    return Tensor(old.item(), storage.dtype)
+    return old
 
 
 class Window:

@@ -1,8 +1,7 @@
-"""The functions of `gl` on blocks in registers, and what of it starts partitions."""
+"""The functions of `gl` on values in registers, and `gl` itself."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from math import prod
 from types import SimpleNamespace
@@ -11,17 +10,16 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon import language as real
 
-from support.gluon import barriers, global_memory, memory
-from support.gluon.schedule import Task, fault, here
+from support.gluon import barriers, global_memory, memory, partitions
+from support.gluon.schedule import fault, here
 from support.gluon.tensors import (
     Tensor,
-    arithmetic,
-    compare,
+    block,
+    broadcast,
     constant,
     divide,
     expand_dims,
-    integral,
-    rounded,
+    operands,
     tensor,
 )
 
@@ -60,8 +58,7 @@ def arange(start: int, end: int, layout: Any = None) -> Tensor:
 
 def full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Tensor:
     number = tensor(value).to(dtype)
-    kind = np.float32 if dtype.is_floating() else np.bool_ if dtype is real.int1 else np.int64
-    return Tensor(np.full(_sizes(shape), number.data, kind), dtype, layout)
+    return block(broadcast(number, _sizes(shape)), dtype, layout)
 
 
 def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Tensor:
@@ -90,34 +87,23 @@ def convert_layout(x: Tensor, layout: Any, assert_trivial: bool = False) -> Tens
     return Tensor(x.data, x.dtype, layout)
 
 
-def _unary(function: Callable[[Any], Any], special: bool = False) -> Callable[[Any], Tensor]:
+def _elementwise(function: Callable[[Any], Any], *, special: bool = False) -> Callable[..., Tensor]:
     def apply(x: Any) -> Tensor:
         x = tensor(x)
-        if not x.dtype.is_floating():
-            raise fault(f"{function.__name__} of {x.dtype}")
-        if special and x.dtype.primitive_bitwidth < 32:
-            raise fault(f"{function.__name__} of {x.dtype}: widen it to fp32")
+        if not x.dtype.is_floating() or (special and x.dtype.primitive_bitwidth < 32):
+            raise fault(f"{function.__name__} of {x.dtype}: it takes fp32")
         if special:
             here().program.stats.transcendentals += x.numel
-        return Tensor(rounded(function(np.asarray(x.data, np.float32)), x.dtype), x.dtype, x.layout)
+        return block(function(np.asarray(x.data, np.float32)), x.dtype, x.layout)
 
     return apply
 
 
-exp, exp2 = _unary(np.exp, True), _unary(np.exp2, True)
-log, log2 = _unary(np.log, True), _unary(np.log2, True)
-sqrt, floor, ceil = _unary(np.sqrt, True), _unary(np.floor), _unary(np.ceil)
-sin, cos = _unary(np.sin, True), _unary(np.cos, True)
-
-
-def _reciprocal_root(x: Any) -> Any:
+def _rsqrt(x: np.ndarray) -> np.ndarray:
     return np.float32(1) / np.sqrt(x)
 
 
-rsqrt = _unary(_reciprocal_root, True)
-
-
-def abs(x: Any) -> Tensor:
+def absolute(x: Any) -> Tensor:
     x = tensor(x)
     return Tensor(np.abs(x.data), x.dtype, x.layout)
 
@@ -125,85 +111,55 @@ def abs(x: Any) -> Tensor:
 def fma(x: Any, y: Any, z: Any) -> Tensor:
     """x * y + z in one rounding."""
     like = x * y + z
-    parts = [np.asarray(tensor(v).data, np.float64) for v in (x, y, z)]
-    return Tensor(rounded(parts[0] * parts[1] + parts[2], like.dtype), like.dtype, like.layout)
+    a, b, c = (np.asarray(tensor(v).data, np.float64) for v in (x, y, z))
+    return block(a * b + c, like.dtype, like.layout)
 
 
 def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Tensor:
     return divide(x, y)
 
 
-div_rn = fdiv
-
-
-def _least_or_most(op: Callable[..., Any]) -> Callable[..., Tensor]:
+def _chooser(op: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def apply(x: Any, y: Any, propagate_nan: Any = None) -> Any:
         if not isinstance(x, Tensor) and not isinstance(y, Tensor):
-            return (max if op is np.fmax else min)(x, y)
-        return select(op, x, y)
+            return plain(x, y)
+        a, b, dtype, layout = operands(x, y)
+        return block(op(a, b), dtype, layout)
 
     return apply
 
 
-def select(op: Callable[..., Any], x: Any, y: Any) -> Tensor:
-    """fmax or fmin, which drop NaN as hardware does."""
-    either = where(compare(operator.le, x, x), x, y)  # types and layouts only
-    data = op(tensor(x).data, tensor(y).data)
-    return Tensor(
-        data.item() if np.ndim(data) == 0 else data.astype(_kind(either)),
-        either.dtype,
-        either.layout,
-    )
-
-
-def _kind(x: Tensor) -> Any:
-    return np.asarray(x.data).dtype
-
-
-maximum, minimum = _least_or_most(np.fmax), _least_or_most(np.fmin)
-
-
 def clamp(x: Any, low: Any, high: Any) -> Tensor:
-    return minimum(maximum(x, low), high)
+    return FUNCTIONS["minimum"](FUNCTIONS["maximum"](x, low), high)
 
 
 def where(condition: Any, x: Any, y: Any) -> Tensor:
     if not isinstance(x, Tensor) and not isinstance(y, Tensor):
         x = tensor(x)
-    like = _pair(x, y)
+    a, b, dtype, layout = operands(x, y)
     condition = tensor(condition)
-    if condition.layout is not None and like.layout is not None and condition.layout != like.layout:
-        raise fault(f"where of different layouts: {condition.layout} and {like.layout}")
-    data = np.where(condition.data, tensor(x).data, tensor(y).data)
-    layout = like.layout if like.layout is not None else condition.layout
-    if np.ndim(data) == 0:
-        return Tensor(data.item(), like.dtype, layout).to(like.dtype)
-    kind = (
-        np.float32
-        if like.dtype.is_floating()
-        else np.bool_
-        if like.dtype is real.int1
-        else np.int64
-    )
-    return Tensor(
-        rounded(data, like.dtype) if like.dtype.is_floating() else data.astype(kind),
-        like.dtype,
-        layout,
-    )
+    if condition.dtype is not real.int1:
+        raise fault(f"where of a condition of {condition.dtype}: it takes int1")
+    if condition.layout is not None and layout is not None and condition.layout != layout:
+        raise fault(f"where of different layouts: {condition.layout} and {layout}")
+    layout = layout if layout is not None else condition.layout
+    return block(np.where(condition.data, a, b), dtype, layout)
 
 
-def expand(x: Tensor, axis: int) -> Tensor:
+def expanded(x: Tensor, axis: int) -> Tensor:
     return expand_dims(x, constant(axis, "an axis"))
 
 
+def _listed(sizes: tuple[Any, ...]) -> Sequence[Any]:
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+
+
 def reshape(x: Tensor, *shape: Any) -> Tensor:
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
-    return Tensor(x.data.reshape(_sizes(sizes)), x.dtype)
+    return Tensor(x.data.reshape(_sizes(_listed(shape))), x.dtype)
 
 
 def permute(x: Tensor, *order: Any) -> Tensor:
-    axes = order[0] if len(order) == 1 and isinstance(order[0], (list, tuple)) else order
-    return Tensor(x.data.transpose(axes), x.dtype)
+    return Tensor(x.data.transpose(_listed(order)), x.dtype)
 
 
 def join(x: Tensor, y: Tensor) -> Tensor:
@@ -216,18 +172,12 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _reduction(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def apply(x: Tensor, axis: Any = None, **hints: Any) -> Tensor:
-        data = function(x.data, axis=axis)
         layout = None
         if axis is not None and x.layout is not None and len(x.shape) > 1:
             layout = real.SliceLayout(axis, x.layout)
-        if np.ndim(data) == 0:
-            data = data.item()
-        return Tensor(rounded(data, x.dtype) if x.dtype.is_floating() else data, x.dtype, layout)
+        return block(function(x.data, axis=axis), x.dtype, layout)
 
     return apply
-
-
-max, min, sum = _reduction(np.fmax.reduce), _reduction(np.fmin.reduce), _reduction(np.sum)
 
 
 def static_assert(condition: Any, message: str = "") -> None:
@@ -259,86 +209,81 @@ def max_contiguous(x: Any, values: Any) -> Any:
 
 
 def cdiv(x: Any, y: Any) -> Any:
+    """x / y rounded up, where x is not negative."""
     return (x + (y - 1)) // y
-
-
-def static_print(*values: Any, **hints: Any) -> None:
-    return None
 
 
 def inline_asm_elementwise(asm: str, *rest: Any, **hints: Any) -> Any:
     raise fault(f"inline assembly is not emulated: {asm!r}; wrap it in swathe.kernels.core.gluon")
 
 
-def warp_specialize(
-    functions_and_args: Sequence[tuple[Any, Sequence[Any]]],
-    worker_num_warps: Sequence[int],
-    worker_num_regs: Sequence[int] | None = None,
-) -> Any:
-    """Run the first function here and the others each in a partition of its own, until all end."""
-    task = here()
-    program, schedule = task.program, task.schedule
-    (first, first_args), *others = functions_and_args
-    if program.partitioned:
-        raise fault("warp_specialize inside a partition")
-    if len(others) != len(worker_num_warps):
-        raise fault(f"{len(others)} workers and {len(worker_num_warps)} counts of warps")
-    for count in worker_num_regs or ():
-        if constant(count, "a count of registers") % 8 or not 24 <= count <= 256:
-            raise fault(f"{count} registers: a multiple of 8 from 24 to 256")
-    program.partitioned = True
-    name, task.name = task.name, first.__name__
-    workers = []
-    for (function, args), warps in zip(others, worker_num_warps, strict=True):
-        worker = Task(schedule, program, function.__name__, constant(warps, "a count of warps"))
-        worker.acquire(task.release())
-        workers.append(worker)
-        schedule.start(worker, lambda f=function, a=args: program.partition(f, a))
-    result = program.partition(first, first_args)
-    schedule.wait(
-        lambda: not any(w in schedule.tasks for w in workers),
-        lambda: f"{', '.join(w.name for w in workers if not w.done)} to end",
-    )
-    for worker in workers:
-        task.acquire(worker.clock)
-    task.name = name
-    program.partitioned = False
-    return result
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": absolute,
+    "allocate_shared_memory": memory.allocate_shared_memory,
+    "arange": arange,
+    "assume": assume,
+    "atomic_add": global_memory.atomic_add,
+    "cast": cast,
+    "cdiv": cdiv,
+    "ceil": _elementwise(np.ceil),
+    "clamp": clamp,
+    "constexpr": constexpr,
+    "convert_layout": convert_layout,
+    "cos": _elementwise(np.cos, special=True),
+    "device_assert": device_assert,
+    "div_rn": fdiv,
+    "exp": _elementwise(np.exp, special=True),
+    "exp2": _elementwise(np.exp2, special=True),
+    "expand_dims": expanded,
+    "fdiv": fdiv,
+    "floor": _elementwise(np.floor),
+    "fma": fma,
+    "full": full,
+    "full_like": full_like,
+    "inline_asm_elementwise": inline_asm_elementwise,
+    "join": join,
+    "load": global_memory.load,
+    "log": _elementwise(np.log, special=True),
+    "log2": _elementwise(np.log2, special=True),
+    "max": _reduction(np.fmax.reduce),
+    "max_contiguous": max_contiguous,
+    "maximum": _chooser(np.fmax, max),
+    "min": _reduction(np.fmin.reduce),
+    "minimum": _chooser(np.fmin, min),
+    "multiple_of": multiple_of,
+    "num_programs": num_programs,
+    "num_warps": num_warps,
+    "permute": permute,
+    "pointer_type": real.pointer_type,
+    "program_id": program_id,
+    "reshape": reshape,
+    "rsqrt": _elementwise(_rsqrt, special=True),
+    "sin": _elementwise(np.sin, special=True),
+    "split": split,
+    "sqrt": _elementwise(np.sqrt, special=True),
+    "static_assert": static_assert,
+    "static_range": range,
+    "store": global_memory.store,
+    "sum": _reduction(np.sum),
+    "thread_barrier": barriers.partition_barrier,
+    "to_tensor": to_tensor,
+    "warp_specialize": partitions.warp_specialize,
+    "where": where,
+    "zeros": zeros,
+    "zeros_like": zeros_like,
+}
 
 
-def _pair(x: Any, y: Any) -> Tensor:
-    """A number of the type and layout that an operation on both would have."""
-    first = (
-        Tensor(0 if not x.dtype.is_floating() else 0.0, x.dtype, x.layout)
-        if isinstance(x, Tensor)
-        else x
-    )
-    second = (
-        Tensor(0 if not y.dtype.is_floating() else 0.0, y.dtype, y.layout)
-        if isinstance(y, Tensor)
-        else y
-    )
-    if (
-        isinstance(x, Tensor)
-        and x.dtype is real.int1
-        and (isinstance(y, bool) or getattr(y, "dtype", None) is real.int1)
-    ):
-        return integral(operator.or_, first, second)
-    return arithmetic(operator.add, first, second)
+class _Language(SimpleNamespace):
+    def __getattr__(self, name: str) -> Any:
+        raise fault(f"gl.{name} is not emulated: add it to support.gluon.language")
 
 
-def namespace() -> SimpleNamespace:
-    """What kernels know as `gl`: this module's functions, Triton's own types and layouts."""
-    names = {name: value for name, value in globals().items() if not name.startswith("_")}
+def language() -> SimpleNamespace:
+    """What kernels know as `gl`: the functions here, Triton's own types and layouts."""
+    names: dict[str, Any] = dict(FUNCTIONS)
     for name in dir(real):
         value = getattr(real, name)
         if isinstance(value, real.dtype) or (isinstance(value, type) and "Layout" in name):
             names[name] = value
-    names.update(
-        expand_dims=expand, static_range=range, range=range,
-        load=global_memory.load, store=global_memory.store, atomic_add=global_memory.atomic_add,
-        allocate_shared_memory=memory.allocate_shared_memory, pointer_type=real.pointer_type,
-        barrier=barriers.partition_barrier, thread_barrier=barriers.partition_barrier,
-        tensor=Tensor, tuple=tuple,
-    )  # fmt: skip
-    return SimpleNamespace(**names)
+    return _Language(**names)

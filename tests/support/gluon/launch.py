@@ -15,7 +15,8 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 
 from support.gluon.copies import Descriptor
 from support.gluon.global_memory import Pointer, Storage, Window
-from support.gluon.schedule import EmulationError, Schedule, Task, here
+from support.gluon.partitions import run_partition
+from support.gluon.schedule import EmulationError, Schedule, Task, fault, here
 from support.gluon.tensors import tensor
 from support.gluon.twins import Jitted, twin
 from swathe.kernels.core.gluon import TensorDescriptor
@@ -69,25 +70,13 @@ class Program:
         self.shared_bytes = 0
         self.partitioned = False
 
-    def partition(self, function: Any, args: Sequence[Any]) -> Any:
-        """Run a partition's function; it must leave nothing in flight."""
-        result = function(*args)
-        task = here()
-        if task.products:
-            raise EmulationError(f"{task} ends with {len(task.products)} products in flight")
-        if task.stores:
-            raise EmulationError(
-                f"{task} ends with {len(task.stores)} copies out that it did not wait for"
-            )
-        return result
-
     def run(self, kernel: Jitted, args: Sequence[Any]) -> None:
         """Run the whole program, in its main partition."""
-        self.partition(kernel.fn, args)
+        run_partition(kernel.fn, args)
         clock = here().clock
         for load in self.loads:
             if not load.settled(clock):
-                raise EmulationError(f"{here()} ends, and nobody waited for the {load}")
+                raise fault(f"a program ends, and nobody waited for the {load}")
         self.stats.programs += 1
         self.stats.shared_bytes = max(self.stats.shared_bytes, self.shared_bytes)
 

@@ -18,7 +18,7 @@ _WIDEST = 256
 
 
 class Accumulator:
-    """A product in flight, or a block made ready to accumulate: `warpgroup_mma_wait` opens it."""
+    """A product in flight, or a block to accumulate to: `warpgroup_mma_wait` opens it."""
 
     __slots__ = ("dtype", "layout", "ready", "shape")
     __hash__ = object.__hash__
@@ -29,14 +29,16 @@ class Accumulator:
 
 
 def _unopened(self: Any, *_: Any) -> Any:
-    raise fault("an accumulator is read before warpgroup_mma_wait has opened it")
+    raise fault("an accumulator is read while its product is in flight, or was not waited for")
 
 
 for _name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
     setattr(Accumulator, f"__{_name}__", _unopened)
     setattr(Accumulator, f"__r{_name}__", _unopened)
-for _name in ("__neg__", "__bool__", "__getitem__", "to"):
+for _name in ("__neg__", "__bool__", "__getitem__"):
     setattr(Accumulator, _name, _unopened)
+for _name in ("data", "to", "numel"):
+    setattr(Accumulator, _name, property(_unopened))
 
 
 class Product:
@@ -104,13 +106,8 @@ def warpgroup_mma_wait(num_outstanding: Any = 0, deps: Any = None) -> Any:
                 "a product's operand in registers may be overwritten before it is read: the wait "
                 "that ends the product must have the operand in its deps"
             )
-    out = []
-    for value in deps:
-        if isinstance(value, Accumulator):
-            if value.ready is None:
-                raise fault("an accumulator is opened while its product is in flight")
-            value = value.ready
-        out.append(value)
+    # what is in flight still may be accumulated to, and no more
+    out = [d.ready if isinstance(d, Accumulator) and d.ready is not None else d for d in deps]
     task.schedule.step()
     return out[0] if len(out) == 1 else tuple(out)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from support.gluon.races import Access, Log, Region, region_of
-from support.gluon.schedule import fault, here, where
+from support.gluon.schedule import fault, here, name_here
 from support.gluon.tensors import (
     Tensor,
     constant,
@@ -35,7 +35,7 @@ class Buffer:
     def __init__(self, size: int) -> None:
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.written = np.zeros(size, np.bool_)
-        self.log = Log(f"shared memory of {where()}")
+        self.log = Log(name_here("shared memory"))
         self.start = self.bytes.__array_interface__["data"][0]
         here().program.buffers.append(self)
 
@@ -182,20 +182,20 @@ def allocate_shared_memory(
     if any(n < 1 for n in sizes) or any(n & (n - 1) for n in inner):
         raise fault(f"shared memory of shape {sizes}: all but the first are powers of two")
     size = prod(sizes) * np.dtype(stored_as(element_ty)).itemsize
-    claim(size)
+    claim(size, _ALIGNMENT)
     view = _of_bytes(Buffer(size), 0, element_ty, sizes, layout)
     if value is not None:
         view.store(value)
     return view
 
 
-def claim(size: int) -> None:
+def claim(size: int, alignment: int) -> None:
     """Take so many bytes of the program's shared memory."""
     task = here()
     if task.program.partitioned:
         raise fault("shared memory is allocated before partitions start")
     program = task.program
-    program.shared_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+    program.shared_bytes = -(-program.shared_bytes // alignment) * alignment + size
     if program.shared_bytes > SHARED_BYTES:
         raise fault(f"{program.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 

@@ -7,18 +7,22 @@ from a seed. The same seed gives the same order of everything. Copies in flight 
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable
+from linecache import getline
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
 from support.numerics import SanitizerError
 
-_HERE = str(Path(__file__).parent)
+_HERE = str(Path(__file__).parent) + os.sep
 _local = threading.local()
 Clock = dict[int, int]  # how much of each actor's past is settled: actor -> its time
 
@@ -80,12 +84,25 @@ def here() -> Task:
 
 def where() -> str:
     """The line of the kernel that is being run."""
-    frame = sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_HERE):
-        if frame.f_back is None or frame.f_globals.get("__name__") == "threading":
-            return "the launch"
+    file, line = _line()
+    return f"{Path(file).name}:{line}" if file else "the launch"
+
+
+def name_here(kind: str) -> str:
+    """What the line that is being run makes: the variable it assigns to, if it does, and where."""
+    file, line = _line()
+    assigns = re.match(r"\s*(\w+)(?::[^=]*)?\s=\s", getline(file, line))
+    return f"{assigns[1] if assigns else kind} ({where()})"
+
+
+def _line() -> tuple[str, int]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_HERE):
+            return ("", 0) if file == threading.__file__ else (file, frame.f_lineno)
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return "", 0
 
 
 def fault(text: str) -> EmulationError:
@@ -118,6 +135,14 @@ class Schedule:
         self._actors += 1
         return self._actors
 
+    def _happen(self) -> None:
+        # no partition's doing, whichever of them holds the baton meanwhile
+        task, _local.task = getattr(_local, "task", None), None
+        try:
+            self.events.pop(self.random.randrange(len(self.events)))()
+        finally:
+            _local.task = task
+
     def later(self, event: Callable[[], None]) -> None:
         """Something that happens at a time of the schedule's choosing."""
         if self.late:
@@ -145,7 +170,7 @@ class Schedule:
         if self.failure is not None:
             raise self.failure
         while self.events:
-            self.events.pop()()
+            self._happen()
 
     def step(self) -> None:
         """A point at which another partition, or a copy, may come first."""
@@ -171,7 +196,7 @@ class Schedule:
         while True:
             able = [task for task in self.tasks if task.ready is None or task.ready()]
             if self.events and (not able or self.random.random() < self.haste):
-                self.events.pop(self.random.randrange(len(self.events)))()
+                self._happen()
             elif len(able) > 1:
                 return self.random.choices(able, [task.weight for task in able])[0]
             elif able:

@@ -262,20 +262,38 @@ def _as_number(data: Any) -> Any:
     )
 
 
-def _operands(a: Any, b: Any, *, division: bool = False) -> tuple[Any, Any, Any, Layout]:
+def block(data: Any, dtype: Any, layout: Layout = None) -> Tensor:
+    """A tensor of some values, rounded where its type is a floating one."""
+    if dtype.is_floating():
+        return Tensor(rounded(data, dtype), dtype, layout)
+    kind = np.bool_ if dtype is real.int1 else np.int64
+    if isinstance(data, (np.ndarray, np.generic)) and data.dtype != kind:
+        data = data.astype(kind)
+    return Tensor(_as_number(data), dtype, layout)
+
+
+def operands(a: Any, b: Any, *, division: bool = False) -> tuple[Any, Any, Any, Layout]:
     """Both operands' values, the type they are computed in, the result's layout."""
     dtype = _common(a, b, division)
     layout = _layout(a, b)
     x, y = (v.data if isinstance(v, Tensor) else v for v in (a, b))
     if dtype.is_floating():
-        x, y = (
-            v if isinstance(v, float) or (isinstance(v, np.ndarray) and v.dtype.kind == "f")
-            else float(v) if np.ndim(v) == 0 else v.astype(np.float32)
-            for v in (x, y)
-        )  # fmt: skip
-    elif dtype is not real.int1:
-        x, y = (v.astype(np.int64) if isinstance(v, np.ndarray) else int(v) for v in (x, y))
+        return _as_float(x), _as_float(y), dtype, layout
+    if dtype is not real.int1:
+        return _as_int(x), _as_int(y), dtype, layout
     return x, y, dtype, layout
+
+
+def _as_float(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x if x.dtype.kind == "f" else x.astype(np.float32)
+    return float(x)
+
+
+def _as_int(x: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        return x if x.dtype == np.int64 else x.astype(np.int64)
+    return int(x)
 
 
 def _common(a: Any, b: Any, division: bool) -> Any:
@@ -315,7 +333,7 @@ def arithmetic(op: Callable[..., Any], a: Any, b: Any) -> Tensor:
         return NotImplemented
     if not isinstance(a, Tensor) and not isinstance(a, (int, float)):
         return NotImplemented
-    x, y, dtype, layout = _operands(a, b)
+    x, y, dtype, layout = operands(a, b)
     if dtype.is_floating():
         return Tensor(rounded(op(x, y), dtype), dtype, layout)
     return Tensor(in_range(op(x, y), dtype, op.__name__), dtype, layout)
@@ -323,7 +341,7 @@ def arithmetic(op: Callable[..., Any], a: Any, b: Any) -> Tensor:
 
 def divide(a: Any, b: Any) -> Tensor:
     """a / b, of integers in fp32."""
-    x, y, dtype, layout = _operands(a, b, division=True)
+    x, y, dtype, layout = operands(a, b, division=True)
     if not dtype.is_floating():
         dtype = real.float32
     quotient = np.divide(np.asarray(x, np.float32), np.asarray(y, np.float32))
@@ -332,7 +350,7 @@ def divide(a: Any, b: Any) -> Tensor:
 
 def integral(op: Callable[..., Any], a: Any, b: Any) -> Tensor:
     """Operations that only integers have."""
-    x, y, dtype, layout = _operands(a, b)
+    x, y, dtype, layout = operands(a, b)
     if dtype.is_floating():
         raise fault(f"{op.__name__} of {dtype}")
     return Tensor(in_range(op(x, y), dtype, op.__name__), dtype, layout)
@@ -340,7 +358,7 @@ def integral(op: Callable[..., Any], a: Any, b: Any) -> Tensor:
 
 def compare(op: Callable[..., Any], a: Any, b: Any) -> Tensor:
     """int1: whether op holds."""
-    x, y, _, layout = _operands(a, b)
+    x, y, _, layout = operands(a, b)
     return Tensor(_as_number(op(x, y)), real.int1, layout)
 
 

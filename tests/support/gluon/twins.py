@@ -162,7 +162,7 @@ class Jitted:
         self.__doc__ = function.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs)
+        return assigned(self.fn(*args, **kwargs))
 
     def __getitem__(self, grid: Any) -> Any:
         raise fault("a kernel is launched by support.gluon.launch")
@@ -182,7 +182,7 @@ def vocabulary() -> SimpleNamespace:
         box_bytes=copies.box_bytes,
         constexpr_function=lambda function: function,
         fence_async_shared=memory.fence_async_shared,
-        gl=language.namespace(),
+        gl=language.language(),
         jit=jit,
         mbarrier=barriers.mbarrier,
         mbarriers=barriers.mbarriers,
