@@ -1,4 +1,11 @@
-"""Backward of attention on Hopper: what the kernels serve, their tiles, and their launches."""
+"""Attention's backward in Gluon on Hopper: tiles by head size, descriptors, and the launches.
+
+Shapes, masks and stats are those of _triton.py, what is served that of _gluon.py's `why_not`.
+Gradients are written where they belong by copies, in the order of their inputs' memory.
+
+Floor    14 T S D flops a head for D = E and full masks, seven products where a single pass would
+         need five: nothing is summed by atomics, so reruns are bit-equal.
+"""
 
 # pyright: reportArgumentType=false
 
@@ -10,6 +17,8 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention import _gluon_backward_kv, _gluon_backward_q
+from swathe.kernels.attention._gluon import descriptors, why_no_copies, why_not
+from swathe.kernels.attention._gluon_blocks import COMPUTE, COPY, REGISTERS, boxes
 from swathe.kernels.attention._triton_rows import Rows
 from swathe.kernels.attention.op import empty_backward
 from swathe.kernels.core.device import guard
@@ -19,16 +28,16 @@ from swathe.kernels.core.rows import unit_rows
 
 __all__ = ["backward", "why_not"]
 
+_GROUP = 64  # rows or keys of a warpgroup
+_QUERIES = 128  # of a program for dq
+_UNSWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
 _backward_q_at = Launcher(_gluon_backward_q.backward_q)
 _backward_kv_at = Launcher(_gluon_backward_kv.backward_kv)
-_TILE = gl.NVMMASharedLayout(128, 16, 4)
-_NUMBERS = gl.NVMMASharedLayout(0, 32, 2)
-_GROUP = 64  # rows of a warpgroup
-_WARPS, _STARTING, _WORKING, _COPYING = 4, 168, 240, 24  # warps and registers of a thread
 
 
 class OfQ(NamedTuple):
-    """Tiles of backward_q, of 128 queries: keys, and stages of keys and of values."""
+    """Tiles for dq beside 128 queries: keys, and stages of keys and of values."""
 
     keys: int
     k_stages: int
@@ -36,21 +45,22 @@ class OfQ(NamedTuple):
 
 
 class OfKV(NamedTuple):
-    """Tiles of backward_kv: queries, their stages, and whether warpgroups share 64 keys."""
+    """Tiles for dk and dv: queries, their stages, and whether two warpgroups share 64 keys."""
 
     queries: int
     stages: int
     shared: bool
 
 
-# the wider head of a row; 0 spills in loops, all exponentials beside a product
+# the wider head of a row, in features of its boxes; no spill in a loop, every exponential beside a
+# product (tests/offline). None has been timed yet.
 _PLAIN = {
     64: (OfQ(128, 2, 2), OfKV(64, 3, False)),
     128: (OfQ(128, 2, 2), OfKV(64, 2, False)),
     192: (OfQ(64, 2, 2), OfKV(64, 2, True)),
     256: (OfQ(64, 2, 1), OfKV(64, 2, True)),
 }
-# slopes of ALiBi and a softcap's tanh take registers
+# a softcap's tanh and slopes of ALiBi take registers
 _SCORED = {
     64: (OfQ(64, 2, 2), OfKV(64, 3, False)),
     128: (OfQ(64, 2, 2), OfKV(32, 3, False)),
@@ -59,32 +69,11 @@ _SCORED = {
 }
 
 
-def why_not(do: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> str | None:
-    return None
-
-
 def blocks_for(D: int, E: int, scored: bool) -> tuple[OfQ, OfKV]:
-    """Tiles of both kernels for heads of D and E features."""
+    """Tiles for heads of D and E features, at most 256; `scored`: by a softcap or by ALiBi."""
+    wide = max(sum(boxes(D)), sum(boxes(E)))
     table = _SCORED if scored else _PLAIN
-    return next(table[width] for width in table if max(D, E) <= width)
-
-
-def widths(features: int) -> tuple[int, ...]:
-    """Boxes that features are copied in; a last one may reach past them, where copies bring 0."""
-    return (128, 64) if 128 < features <= 192 else (max(64, 1 << (features - 1).bit_length()),)
-
-
-def boxes(t: Tensor, rows: int) -> tuple[Any, Any]:
-    """Descriptors of (batch, heads, rows, features), one for each of widths, then None."""
-    found = [
-        TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, width], _TILE)
-        for width in widths(t.shape[3])
-    ]
-    return found[0], found[1] if len(found) == 2 else None
-
-
-def _numbers(t: Tensor, rows: int) -> Any:
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), [1, rows], _NUMBERS)
+    return next(blocks for most, blocks in table.items() if wide <= most)
 
 
 def backward(
@@ -97,42 +86,79 @@ def backward(
     lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv and the rows' statistics, as op.py says."""
+    """dq, dk, dv and the rows' statistics, as op.py says; `rest` are the fields of Rows.
+
+    A do that the TMA cannot read, such as an expanded one, is copied.
+    """
     dq, dk, dv, stats = empty_backward(do, dlse, q, k, v, o, lse)
-    (B, H, T, D), (_, K, S, E), rows = q.shape, v.shape, Rows(*rest)
+    rows, (B, H, T, _), E = Rows(*rest), q.shape, v.shape[3]
+    if not B * H * T:
+        return dq, dk.zero_(), dv.zero_(), stats
     do, q, k, v, o = unit_rows(do), unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(o)
-    of_q, of_kv = blocks_for(D, E, rows.alibi is not None or rows.softcap != 0.0)
-    tiles, span = cdiv(T, 2 * _GROUP), stats.shape[3]
-    seen = torch.empty(B, 2, span, dtype=torch.int32, device=q.device)
-    reach = torch.empty(B, tiles, 2, dtype=torch.int32, device=q.device)
+    if why_no_copies("do", do.transpose(1, 2)) is not None:
+        do = do.contiguous()
+    by_head, o = do.transpose(1, 2), o.transpose(1, 2)
+    of_q, _ = _blocks(q, v, rows)
+    seen = torch.empty(B, 2, stats.shape[3], dtype=torch.int32, device=q.device)
+    reach = torch.empty(B, cdiv(T, _QUERIES), 2, dtype=torch.int32, device=q.device)
     whole = torch.empty_like(reach)
-    by_head = do.transpose(1, 2)
-    place_b, alibi_b = rows.strides(H)[:2]
-    numbers = (T, S, H, H // K, S - T, float(rows.scale), float(rows.softcap))
     with guard(q):
         _backward_q_at(
-            (tiles * H * B, 1, 1),
+            (cdiv(T, _QUERIES) * H * B, 1, 1),
             (do, dlse, o, lse, stats, seen, reach, whole, rows.first, rows.last, rows.places,
-             rows.alibi, *boxes(by_head, _GROUP), *boxes(q, _GROUP), *boxes(k, of_q.keys),
-             *boxes(v, of_q.keys), *boxes(dq, _GROUP)),
-            (*by_head.stride()[:3], *o.transpose(1, 2).stride()[:3], *rows.bounds, place_b,
-             alibi_b, E),
-            numbers,
-            (*rows.flags, *of_q, _WORKING, _COPYING),
-            _WARPS,
-            maxnreg=_STARTING,
+             rows.alibi, *descriptors(by_head, _GROUP), *descriptors(q, _GROUP),
+             *descriptors(k, of_q.keys), *descriptors(v, of_q.keys), *descriptors(dq, _GROUP)),
+            (*by_head.stride()[:3], *o.stride()[:3], *rows.bounds, *rows.strides(H)[:2], E),
+            _numbers(q, k, rows),
+            (*rows.flags, *of_q, COMPUTE, COPY),
+            num_warps=4,
+            maxnreg=REGISTERS,
         )  # fmt: skip
-        keys = _GROUP if of_kv.shared else 2 * _GROUP
-        _backward_kv_at(
-            (cdiv(S, keys) * K * B, 1, 1),
-            (reach, whole, rows.places, rows.alibi, _numbers(stats.view(-1, span), of_kv.queries),
-             _numbers(seen.view(-1, span), of_kv.queries), *boxes(k, _GROUP), *boxes(v, _GROUP),
-             *boxes(q, of_kv.queries), *boxes(by_head, of_kv.queries), *boxes(dk, _GROUP),
-             *boxes(dv, _GROUP)),
-            (place_b, alibi_b),
-            numbers,
-            (*rows.flags, *of_kv, _WORKING, _COPYING),
-            _WARPS,
-            maxnreg=_STARTING,
-        )  # fmt: skip
+        backward_kv(by_head, q, k, v, dk, dv, stats, seen, reach, whole, rows)
     return dq, dk, dv, stats
+
+
+def backward_kv(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    stats: Tensor,
+    seen: Tensor,
+    reach: Tensor,
+    whole: Tensor | None,
+    rows: Rows,
+) -> None:
+    """Write dk and dv, of do (B, H, T, E) and of what a kernel for dq left of rows.
+
+    reach, whole: (B, tiles of 128 rows, 2); without `whole` every tile is masked.
+    """
+    (B, H, _, _), (K, S), span = q.shape, k.shape[1:3], stats.shape[3]
+    _, block = _blocks(q, v, rows)
+    keys = _GROUP if block.shared else 2 * _GROUP
+    numbers = (stats.view(-1, span), seen.view(-1, span))
+    _backward_kv_at(
+        (cdiv(S, keys) * K * B, 1, 1),
+        (reach, whole, rows.places, rows.alibi,
+         *(TensorDescriptor(t, list(t.shape), [span, 1], [1, block.queries], _UNSWIZZLED)
+           for t in numbers),
+         *descriptors(k, _GROUP), *descriptors(v, _GROUP), *descriptors(q, block.queries),
+         *descriptors(do, block.queries), *descriptors(dk, _GROUP), *descriptors(dv, _GROUP)),
+        rows.strides(H)[:2],
+        _numbers(q, k, rows),
+        (*rows.flags, *block, COMPUTE, COPY),
+        num_warps=4,
+        maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def _blocks(q: Tensor, v: Tensor, rows: Rows) -> tuple[OfQ, OfKV]:
+    return blocks_for(q.shape[3], v.shape[3], rows.softcap != 0.0 or rows.alibi is not None)
+
+
+def _numbers(q: Tensor, k: Tensor, rows: Rows) -> tuple[int | float, ...]:
+    """What both kernels take unspecialised."""
+    (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
+    return T, S, H, H // K, S - T, float(rows.scale), float(rows.softcap)

@@ -1,12 +1,43 @@
-"""dk and dv on Hopper."""
+"""dk and dv of attention for Hopper.
+
+    p = exp2(z - lse2)      ds = p * (do v^T - delta) * z'      dv = p^T do      dk = scale * ds^T q
+
+A program has a tile of keys of one key head and goes over the queries that see any of them, head
+by head of its group. Tiles are transposed (keys, queries), so that p^T and ds^T go from registers
+into the products they are left operands of. lse2, delta and what rows see come with q's tiles by
+copies of their own. k q^T and v do^T are issued at once; exponentials run beside the second, and
+what becomes ds beside the product for dv.
+
+Warpgroups  two, of 64 keys each; where sums of wide heads leave no registers, two of the same 64
+            keys: one for dv and one for dk, which both find p.
+Floor       8 T S D flops a head for D = E and full masks, 10 where warpgroups share keys; q and do
+            are read once for 128 keys, or 64.
+Rounding    scores, p, ds and sums are fp32; p and ds are rounded to do's and q's dtype for their
+            products, dk and dv once at the end.
+Order       rows, then heads of the group, both ascending: no atomics, bit-equal reruns.
+Source      Dao 2023, arXiv:2307.08691, algorithm 2; Shah et al. 2024, arXiv:2407.08608.
+"""
 
 # pyright: reportArgumentType=false
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from swathe.kernels.attention._gluon_backward_q import store, times, weights
+from swathe.kernels.attention._gluon_backward_tiles import (
+    LANES,
+    PLAIN,
+    ROWS,
+    anew,
+    done,
+    load_rows,
+    numbers,
+    rows_for,
+    store,
+    times,
+    weights,
+)
 from swathe.kernels.attention._gluon_tiles import (
     FAR,
     GROUP,
@@ -23,18 +54,15 @@ from swathe.kernels.attention._gluon_tiles import (
     zeros,
 )
 from swathe.kernels.core.gluon import (
-    box_bytes,
     gl,
     jit,
     mbarrier,
-    mbarriers,
     sync_warpgroups,
-    tma_load,
     tma_store_wait,
     warpgroup_mma_wait,
 )
 
-_ROWS = gl.constexpr(128)  # of a row tile of `backward_q`
+_ENOUGH = gl.constexpr(8)  # the named barrier of two warpgroups that share keys
 
 
 class Call(NamedTuple):
@@ -52,9 +80,10 @@ class Call(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """The query tiles of one key tile: of `groups` heads from h on, rows from begin to stop.
+    """A tile of keys, from `start` on of head g, and its `count` tiles of queries.
 
-    All rows from whole_from to whole_to see all its keys.
+    They are rows from begin to stop of `groups` heads from h on; those from whole_from to whole_to
+    see all its keys.
     """
 
     start: Any
@@ -69,74 +98,62 @@ class Turns(NamedTuple):
     count: Any
 
 
-class Rows(NamedTuple):
-    """Slots of four numbers a row: lse2, delta, first and last; full when they are there."""
+class Rings(NamedTuple):
+    """Shared memory: keys and values of the warpgroups, and stages of tiles of queries."""
 
-    stats: Any
-    seen: Any
-    full: Any
+    k: Any
+    v: Any
+    q: Any
+    do: Any
+    rows: Any
 
 
 @jit
 def _rows_that_reach(reach_ptr, whole_ptr, tiles, start, end):
-    """Row tiles from the first to the last that see any key of [start, end), and those between
-    which all see them whole.
+    """Row tiles from the first to the last that see any key of [start, end), and from the first
+    that sees all of them on those that do so without a gap.
     """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     begin, stop, whole_from, whole_to = tiles, 0, tiles, tiles
     for block in range(0, tiles, 128):
-        tile = block + gl.arange(0, 128, layout=LAYOUT)
+        tile = block + gl.arange(0, 128, layout=LANES)
         there, at = tile < tiles, 2 * tile
-        lo = gl.load(reach_ptr + at, there, other=FAR)
-        hi = gl.load(reach_ptr + at + 1, there, other=0)
-        hit = (lo < end) & (hi > start)
+        low = gl.load(reach_ptr + at, there, other=FAR)
+        high = gl.load(reach_ptr + at + 1, there, other=0)
+        hit = (low < end) & (high > start)
         begin = gl.minimum(begin, gl.min(gl.where(hit, tile, tiles), 0))
         stop = gl.maximum(stop, gl.max(gl.where(hit, tile + 1, 0), 0))
         if whole_ptr is not None:
-            lo = gl.load(whole_ptr + at, there, other=FAR)
-            hi = gl.load(whole_ptr + at + 1, there, other=0)
-            whole = (lo <= start) & (hi >= end)
+            low = gl.load(whole_ptr + at, there, other=FAR)
+            high = gl.load(whole_ptr + at + 1, there, other=0)
+            whole = (low <= start) & (high >= end)
             whole_from = gl.minimum(whole_from, gl.min(gl.where(whole, tile, tiles), 0))
-            broken = (tile >= whole_from) & (whole == 0)
+            broken = (tile >= whole_from) & ((low > start) | (high < end))
             whole_to = gl.minimum(whole_to, gl.min(gl.where(broken, tile, tiles), 0))
     return begin, gl.maximum(stop, begin), whole_from, whole_to
 
 
 @jit
 def _copy(
-    k_at, v_at, q_at, do_at, stats_at, seen_at, k, v, q, do, rows, turns, H, TILES: gl.constexpr,
+    k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES: gl.constexpr,
     BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The warp that copies: the keys and values of the warpgroups, then tiles of queries."""
+    """The warp that copies: keys and values of the warpgroups, then tiles of queries."""
     for i in gl.static_range(TILES):
-        load(k, k_at, turns.b, turns.g, turns.start + i * GROUP, i)
-        load(v, v_at, turns.b, turns.g, turns.start + i * GROUP, i)
+        load(rings.k, k_at, turns.b, turns.g, turns.start + i * GROUP, i)
+        load(rings.v, v_at, turns.b, turns.g, turns.start + i * GROUP, i)
     step = 0
     for i in range(turns.groups):
         h = turns.h + i
         for begin in range(turns.begin, turns.stop, BLOCK_T):
-            fill(q, q_at, turns.b, h, begin, step, STAGES)
-            # a slot of q that is empty was read whole, and so were its numbers
-            slot, _ = slot_of(step, STAGES)
-            full = rows.full.index(slot)
-            mbarrier.expect(full, 2 * (box_bytes(stats_at) + box_bytes(seen_at)))
-            for j in gl.static_range(2):
-                at = 2 * (turns.b * H + h) + j
-                tma_load(stats_at, [at, begin], full, rows.stats.index(2 * slot + j))
-                tma_load(seen_at, [2 * turns.b + j, begin], full, rows.seen.index(2 * slot + j))
-            fill(do, do_at, turns.b, h, begin, step, STAGES)
+            fill(rings.q, q_at, turns.b, h, begin, step, STAGES)
+            load_rows(rings.rows, stats_at, seen_at, turns.b * H + h, turns.b, begin, step, STAGES)
+            fill(rings.do, do_at, turns.b, h, begin, step, STAGES)
             step += 1
 
 
 @jit
-def _numbers(memory, slot, BLOCK_T: gl.constexpr):
-    """One number of every row of a tile, beside keys."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, accumulator(BLOCK_T))
-    return gl.expand_dims(memory.index(slot).reshape([BLOCK_T]).load(LAYOUT), 0)
-
-
-@jit
 def _keys(start, BLOCK_T: gl.constexpr):
+    """A warpgroup's keys, beside queries."""
     n = start + gl.arange(0, GROUP, layout=gl.SliceLayout(1, accumulator(BLOCK_T)))
     return gl.expand_dims(n, 1)
 
@@ -161,25 +178,14 @@ def _weights(
     if alibi is not None:
         alibi = gl.load(alibi + turns.b * call.alibi_b + h)
         place = _places(call, turns.b, begin, BLOCK_T)
-    seeing = Queries(None, None, None, place)
     scores = Scores(call.scale, call.softcap, alibi)
+    seeing = Queries(None, None, None, place)
     z, factor, t = logits(s, seeing, n, scores, SCORED, SOFTCAP, False)
     if (begin < turns.whole_from) | (begin >= turns.whole_to):
-        first = _numbers(rows.seen, 2 * slot, BLOCK_T)
-        last = _numbers(rows.seen, 2 * slot + 1, BLOCK_T)
+        first = numbers(rows.seen, 2 * slot, BLOCK_T)
+        last = numbers(rows.seen, 2 * slot + 1, BLOCK_T)
         z = gl.where((n >= first) & (n < last), z, float("-inf"))
-    return weights(z, factor, _numbers(rows.stats, 2 * slot, BLOCK_T), t, SOFTCAP)
-
-
-@jit
-def _done(acc, p, PENDING: gl.constexpr):
-    """Sums whose products by p are done, PENDING later groups of products perhaps not."""
-    if len(acc) == 1:
-        first, p = warpgroup_mma_wait(PENDING, deps=[acc[0], p])
-        return (first,)
-    else:
-        first, second, p = warpgroup_mma_wait(PENDING, deps=[acc[0], acc[1], p])
-        return first, second
+    return weights(z, factor, numbers(rows.stats, 2 * slot, BLOCK_T), t, SOFTCAP)
 
 
 @jit
@@ -193,18 +199,19 @@ def _next(begin, h, turns, BLOCK_T: gl.constexpr):
 
 @jit
 def _gather(
-    INDEX: gl.constexpr, dk_at, dv_at, k, v, q, do, rows, turns, call, SCORED: gl.constexpr,
+    INDEX: gl.constexpr, dk_at, dv_at, rings, turns, call, SCORED: gl.constexpr,
     SOFTCAP: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: dk and dv of its 64 keys."""
+    k, v, q, do, rows = rings
+    dtype: gl.constexpr = k.memory[0].dtype
     start = turns.start + INDEX * GROUP
-    n = _keys(start, BLOCK_T)
-    dk, dv = zeros(k.memory), zeros(v.memory)
+    n, dk, dv = _keys(start, BLOCK_T), zeros(k.memory), zeros(v.memory)
     mbarrier.wait(k.full.index(INDEX), 0)
     mbarrier.wait(v.full.index(INDEX), 0)
     begin, h = turns.begin, turns.h
     for step in range(turns.count):
-        own = INDEX + (step >> 30)
+        own = anew(INDEX, step)
         slot, full = slot_of(step, STAGES)
         mbarrier.wait(q.full.index(slot), full)
         s = product(k.memory, own, q.memory, slot)
@@ -213,15 +220,15 @@ def _gather(
         mbarrier.wait(rows.full.index(slot), full)
         s = warpgroup_mma_wait(len(v.memory), deps=[s])
         p, slope = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
-        p = p.to(dv_at[0].dtype)
+        p = p.to(dtype)
         dv = added(dv, p, do.memory, slot)
-        delta = _numbers(rows.stats, 2 * slot + 1, BLOCK_T)
+        delta = numbers(rows.stats, 2 * slot + 1, BLOCK_T)
         dp = warpgroup_mma_wait(len(v.memory), deps=[dp])
-        ds = (slope * (dp - delta)).to(dk_at[0].dtype)
+        ds = (slope * (dp - delta)).to(dtype)
         dk = added(dk, ds, q.memory, slot)
-        dv = _done(dv, p, len(k.memory))
+        dv = done(dv, p, len(k.memory))
         mbarrier.arrive(do.empty.index(slot), count=1)
-        dk = _done(dk, ds, 0)
+        dk = done(dk, ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
     store(dk_at, k.memory, INDEX, times(dk, call.scale), turns.b, turns.g, start)
@@ -231,72 +238,74 @@ def _gather(
 
 @jit
 def _gather_v(
-    dv_at, k, v, q, do, rows, turns, call, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
+    dv_at, rings, turns, call, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
     BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup of two that share 64 keys: dv. Scores of the next tile run beside exp."""
+    """One of two warpgroups that share 64 keys: dv. Exponentials run beside the next scores."""
+    k, v, q, do, rows = rings
     n, dv = _keys(turns.start, BLOCK_T), zeros(v.memory)
-    mbarrier.wait(k.full.index(0), 0)
-    begin, h = turns.begin, turns.h
     s = gl.zeros([GROUP, BLOCK_T], gl.float32, accumulator(BLOCK_T))
+    begin, h = turns.begin, turns.h
+    mbarrier.wait(k.full.index(0), 0)
     if turns.count > 0:
         mbarrier.wait(q.full.index(0), 0)
         s = warpgroup_mma_wait(0, deps=[product(k.memory, 0, q.memory, 0)])
     for step in range(turns.count):
         slot, full = slot_of(step, STAGES)
-        # the last tile has none after it, and its own scores again
+        # the last tile finds its own scores again, which nobody wants
         ahead, full_ahead = slot_of(gl.minimum(step + 1, turns.count - 1), STAGES)
         mbarrier.wait(q.full.index(ahead), full_ahead)
-        s_ahead = product(k.memory, step >> 30, q.memory, ahead)
+        s_ahead = product(k.memory, anew(0, step), q.memory, ahead)
         mbarrier.wait(rows.full.index(slot), full)
         p, _ = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
+        p = p.to(v.memory[0].dtype)
         mbarrier.wait(do.full.index(slot), full)
-        p = p.to(dv_at[0].dtype)
         dv = added(dv, p, do.memory, slot)
         s = warpgroup_mma_wait(len(v.memory), deps=[s_ahead])
-        dv = _done(dv, p, 0)
+        dv = done(dv, p, 0)
         mbarrier.arrive(do.empty.index(slot), count=1)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
-    sync_warpgroups(8, 256)
+    # the other still reads what dv leaves through
+    sync_warpgroups(_ENOUGH, 256)
     store(dv_at, v.memory, 0, dv, turns.b, turns.g, turns.start)
     tma_store_wait(0)
 
 
 @jit
 def _gather_k(
-    dk_at, k, v, q, do, rows, turns, call, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
+    dk_at, rings, turns, call, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
     BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup of two that share 64 keys: dk."""
+    """The other of two warpgroups that share 64 keys: dk."""
+    k, v, q, do, rows = rings
     n, dk = _keys(turns.start, BLOCK_T), zeros(k.memory)
     mbarrier.wait(k.full.index(0), 0)
     mbarrier.wait(v.full.index(0), 0)
     begin, h = turns.begin, turns.h
     for step in range(turns.count):
+        own = anew(0, step)
         slot, full = slot_of(step, STAGES)
         mbarrier.wait(q.full.index(slot), full)
-        s = product(k.memory, step >> 30, q.memory, slot)
+        s = product(k.memory, own, q.memory, slot)
         mbarrier.wait(do.full.index(slot), full)
-        dp = product(v.memory, step >> 30, do.memory, slot)
+        dp = product(v.memory, own, do.memory, slot)
         mbarrier.wait(rows.full.index(slot), full)
         s = warpgroup_mma_wait(len(v.memory), deps=[s])
         _, slope = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
-        delta = _numbers(rows.stats, 2 * slot + 1, BLOCK_T)
+        delta = numbers(rows.stats, 2 * slot + 1, BLOCK_T)
+        # a wait that loops: without one here, ptxas waits for dp before the exponentials
         ahead, full_ahead = slot_of(step + 1, STAGES)
         mbarrier.wait(q.full.index(ahead), full_ahead, pred=step + 1 < turns.count)
         dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])
         mbarrier.arrive(do.empty.index(slot), count=1)
-        ds = (slope * (dp - delta)).to(dk_at[0].dtype)
-        dk = _done(added(dk, ds, q.memory, slot), ds, 0)
+        ds = (slope * (dp - delta)).to(k.memory[0].dtype)
+        dk = done(added(dk, ds, q.memory, slot), ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
         begin, h = _next(begin, h, turns, BLOCK_T)
-    sync_warpgroups(8, 256)
+    sync_warpgroups(_ENOUGH, 256)
     store(dk_at, k.memory, 0, times(dk, call.scale), turns.b, turns.g, turns.start)
     tma_store_wait(0)
-
-
-PLAIN = ["T", "S", "H", "groups", "shift", "scale", "softcap"]
 
 
 @jit(do_not_specialize=PLAIN)
@@ -304,12 +313,15 @@ def backward_kv(
     reach_ptr, whole_ptr, places_ptr, alibi_ptr, stats_at, seen_at, k0, k1, v0, v1, q0, q1, do0,
     do1, dk0, dk1, dv0, dv1, place_b, alibi_b, T, S, H, groups, shift, scale, softcap,
     SCORED: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
-    SHARED: gl.constexpr, REGISTERS: gl.constexpr, LEAST: gl.constexpr,
+    SHARED: gl.constexpr, COMPUTE: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys of one head, over the queries of its whole group."""
+    """dk and dv of one tile of keys of one head, over the queries of its whole group.
+
+    SHARED: the tile is of 64 keys and not of 128, and both warpgroups have all of them.
+    """
     TILES: gl.constexpr = 1 if SHARED else 2
     BLOCK_S: gl.constexpr = TILES * GROUP
-    blocks, heads, tiles = gl.cdiv(S, BLOCK_S), H // groups, gl.cdiv(T, _ROWS)
+    blocks, heads, tiles = gl.cdiv(S, BLOCK_S), H // groups, gl.cdiv(T, ROWS)
     start = gl.program_id(0) % blocks * BLOCK_S
     g, b = gl.program_id(0) // blocks % heads, gl.program_id(0) // blocks // heads
     if whole_ptr is not None:
@@ -318,8 +330,8 @@ def backward_kv(
         reach_ptr + b * tiles * 2, whole_ptr, tiles, start, start + BLOCK_S
     )
     turns = Turns(
-        start, g, b, g * groups, groups, begin * _ROWS, stop * _ROWS, whole_from * _ROWS,
-        whole_to * _ROWS, (stop - begin) * (_ROWS // BLOCK_T) * groups,
+        start, g, b, g * groups, groups, begin * ROWS, stop * ROWS, whole_from * ROWS,
+        whole_to * ROWS, (stop - begin) * (ROWS // BLOCK_T) * groups,
     )  # fmt: skip
     call = Call(places_ptr, alibi_ptr, place_b, alibi_b, T, H, shift, scale, softcap)
     k_at, v_at, q_at, do_at, dk_at, dv_at = (k0,), (v0,), (q0,), (do0,), (dk0,), (dv0,)
@@ -327,24 +339,27 @@ def backward_kv(
         k_at, q_at, dk_at = (k0, k1), (q0, q1), (dk0, dk1)
     if v1 is not None:
         v_at, do_at, dv_at = (v0, v1), (do0, do1), (dv0, dv1)
-    k, v = ring(k_at, TILES, 1), ring(v_at, TILES, 1)
-    q, do = ring(q_at, STAGES, 2), ring(do_at, STAGES, 2)
-    rows = Rows(
-        gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1, BLOCK_T], stats_at.layout),
-        gl.allocate_shared_memory(gl.int32, [2 * STAGES, 1, BLOCK_T], seen_at.layout),
-        mbarriers(STAGES),
-    )
-    for i in gl.static_range(STAGES):
-        mbarrier.init(rows.full.index(i), count=1)
+    rings = Rings(
+        ring(k_at, TILES, 1), ring(v_at, TILES, 1), ring(q_at, STAGES, 2), ring(do_at, STAGES, 2),
+        rows_for(stats_at, seen_at, BLOCK_T, STAGES),
+    )  # fmt: skip
     if SHARED:
-        gl.warp_specialize([
-            (_gather_v, (dv_at, k, v, q, do, rows, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-            (_gather_k, (dk_at, k, v, q, do, rows, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-            (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, k, v, q, do, rows, turns, H, TILES, BLOCK_T, STAGES)),
-        ], [4, 1], [REGISTERS, LEAST])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_gather_v, (dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
+                (_gather_k, (dk_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
+                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES, BLOCK_T, STAGES)),
+            ],
+            [4, 1],
+            [COMPUTE, COPY],
+        )  # fmt: skip
     else:
-        gl.warp_specialize([
-            (_gather, (0, dk_at, dv_at, k, v, q, do, rows, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-            (_gather, (1, dk_at, dv_at, k, v, q, do, rows, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-            (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, k, v, q, do, rows, turns, H, TILES, BLOCK_T, STAGES)),
-        ], [4, 1], [REGISTERS, LEAST])  # fmt: skip
+        gl.warp_specialize(
+            [
+                (_gather, (0, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
+                (_gather, (1, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
+                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES, BLOCK_T, STAGES)),
+            ],
+            [4, 1],
+            [COMPUTE, COPY],
+        )  # fmt: skip
