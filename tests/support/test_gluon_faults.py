@@ -68,9 +68,7 @@ RUNS = [matmul, attend, sum_tiles, swap_halves, scale_rows]
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("late", [True, False])
-def test_a_right_kernel_gives_the_answer_in_any_order(
-    run: Callable[..., None], late: bool
-) -> None:
+def test_a_right_kernel_gives_the_answer_in_any_order(run: Callable[..., None], late: bool) -> None:
     for seed in range(8):
         run(specimens, seed, late)
 
