@@ -22,14 +22,14 @@ Document = dict[str, Any]
 Group = dict[str, dict[str, Row]]  # shape -> backend -> row
 
 
-def read(path: Path) -> Document:
-    """A results document; ValueError if the file is none or of another schema."""
+def read(path: Path, *, any_schema: bool = False) -> Document:
+    """A results document; ValueError if the file is none or, unless allowed, of another schema."""
     try:
         results = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}; run python -m bench.cpu again") from error
     found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
+    if found is None or (found != SCHEMA and not any_schema):
         raise ValueError(
             f"{path} has schema {found!r}, this report reads {SCHEMA}; "
             "make the file again with python -m bench.cpu or python -m bench.gpu"
@@ -89,12 +89,12 @@ def worst(results: Document) -> str:
 
 
 def _us(row: Row | None) -> str:
-    if row is None or _unserved(row):
+    if row is None or unserved(row):
         return "-"
     return f"{row['median_us']:.1f}" if "median_us" in row else "failed"
 
 
-def _unserved(row: Row) -> bool:
+def unserved(row: Row) -> bool:
     """A peer that has no such form says so when it is prepared; that is no failure."""
     return not row["ours"] and row.get("error", "").startswith("NotImplementedError: ")
 
@@ -222,7 +222,7 @@ def _troubles(results: Document) -> list[str]:
     found += [
         f"{r['backend']} on {r['shape']} {r['dtype']} {r['variant']}: {r['error'].splitlines()[0]}"
         for r in results["benchmarks"]
-        if r.get("error") and not _unserved(r)
+        if r.get("error") and not unserved(r)
     ]
     return found
 
