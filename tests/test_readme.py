@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import readme
+from bench.plot import pictures
 
 README = readme.README.read_text()
 
@@ -23,6 +24,16 @@ def test_every_generated_part_is_made() -> None:
     assert readme.renewed(README) == README
     changed = README.replace("<!-- norm table -->\n", "<!-- norm table -->\nold\n")
     assert changed != README and readme.renewed(changed) == README
+
+
+def test_pictures_are_of_the_committed_results() -> None:
+    found = {f"{picture.name}.svg": picture for picture in pictures(readme.RESULTS)}
+    drawn = {file.name: file for file in readme.RESULTS.glob("*.svg")}
+    assert drawn.keys() == found.keys(), "run make docs, and delete what is of no results"
+    stale = [name for name, file in drawn.items() if not found[name].is_drawn(file)]
+    assert not stale, "run make docs, which draws them anew"
+    assert max(file.stat().st_size for file in drawn.values()) < 100_000
+    assert all((readme.ROOT / path).exists() for path in re.findall(r"\]\((bench/[^)]+)\)", README))
 
 
 @pytest.mark.parametrize("number", range(README.count("```python")))

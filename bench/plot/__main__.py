@@ -58,8 +58,9 @@ def main(given: list[str] | None = None) -> int:
         return 2
     out.mkdir(parents=True, exist_ok=True)
     for picture in found:
-        draw(picture, [out / f"{picture.name}.{suffix}" for suffix in formats])
-        print(f"{out / picture.name}.{{{','.join(formats)}}}")
+        paths = [out / f"{picture.name}.{suffix}" for suffix in formats]
+        draw(picture, paths)
+        print(*paths)
     return 0
 
 

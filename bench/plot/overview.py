@@ -26,9 +26,10 @@ def draw(results: Sequence[Document]) -> Figure:
         "Each mark is one cell: a shape, a dtype, forward or with backward. "
         "Hollow: ours loses. Black: the median."
     )
-    machine = where(results[0])
+    absent = dict(pair for one in results for pair in one.get("absent", {}).items())
+    note = "\n".join([*(f"Absent: {n} ({w})." for n, w in absent.items()), where(results[0])])
     height = 1.75 + 0.2 * lines + 0.16 * len(results)
-    figure, low, high = style.card(9.4, height, f"{title}\n{facts}", machine)
+    figure, low, high = style.card(9.4, height, f"{title}\n{facts}", note)
     entries = [(name, style.key(look[name], line=False)) for name in names]
     style.legend(figure, high, entries)
     bottom = low + 0.42 / height
