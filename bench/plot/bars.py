@@ -14,8 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from bench.plot import style
 from bench.report import Document, Group, Row, groups, ranked, unserved, where
 
-_BAR = 0.108  # inches that a bar is high, and the space after a cell
-_WIDTH = 9.4
+_BAR, _GAP = 0.108, 0.62  # inches that a bar is high, and between panels
 
 
 def draw(results: Sequence[Document]) -> Figure:
@@ -34,25 +33,21 @@ def draw(results: Sequence[Document]) -> Figure:
         f"Ours, the blue line at 1, is the fastest in {ahead} of {len(cells)} cells. "
         "To its right, ours is faster; to its left, ours loses."
     )
-    height = 1.35 + sum(tall) + 0.62 * len(panels)
-    figure, _, top = style.card(_WIDTH, height, title, note(one))
     entries: list[tuple[str, Any]] = [(n, Patch(color=look[n][0])) for n in peers]
     lost = Patch(facecolor=style.CARD, edgecolor=style.SOFT)
-    style.legend(figure, top, [*entries, ("hollow, with a red number: ours loses", lost)])
-    top -= 0.58 / height
+    entries.append(("hollow, with a red number: ours loses", lost))
+    card = style.Card(sum(tall) + _GAP * len(panels), title, entries, note(one))
     label = max(len(label_of(row)) for row in one["benchmarks"]) * 0.062 + 0.25
-    share = (_WIDTH - 0.1) / len(dtypes)
+    share, down = (style.WIDTH - 0.1) / len(dtypes), _GAP / 2
     for (variant, row), inches in zip(panels.items(), tall, strict=True):
-        bottom = top - inches / height
         for column, dtype in enumerate(dtypes):
             if dtype in row:
-                left, wide = column * share + label, share - label - 0.25
-                axes = figure.add_axes((left / _WIDTH, bottom, wide / _WIDTH, inches / height))
+                axes = card.panel(column * share + label, down, share - label - 0.25, inches)
                 axes.set_title(f"{variant}, {dtype}")
                 _bars(axes, row[dtype], peers, look)
                 ratio_axis(axes, _all_ratios(one), 1.5)
-        top = bottom - 0.62 / height
-    return figure
+        down += inches + _GAP
+    return card.figure
 
 
 def note(results: Document) -> str:
@@ -114,7 +109,10 @@ def _bars(axes: Axes, group: Group, peers: Sequence[str], look: dict[str, tuple[
             y, row = number * (len(peers) + 1) + place, cells.get(name)
             if ours is None or row is None or "median_us" not in row:
                 why = "ours failed" if ours is None else _missing(row)
-                axes.text(1.04, y, f"{name}: {why}", va="center", fontsize=6, color=style.SOFT)
+                axes.annotate(
+                    f"{name}: {why}", (1, y), (3, 0), textcoords="offset points", fontsize=6,
+                    va="center", color=style.SOFT,
+                )  # fmt: skip
                 continue
             time = row["median_us"] / ours["median_us"]
             lost = time < 1

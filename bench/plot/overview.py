@@ -28,14 +28,11 @@ def draw(results: Sequence[Document]) -> Figure:
     )
     absent = dict(pair for one in results for pair in one.get("absent", {}).items())
     note = "\n".join([*(f"Absent: {n} ({w})." for n, w in absent.items()), where(results[0])])
-    height = 1.75 + 0.2 * lines + 0.16 * len(results)
-    figure, low, high = style.card(9.4, height, f"{title}\n{facts}", note)
     entries = [(name, style.key(look[name], line=False)) for name in names]
-    style.legend(figure, high, entries)
-    bottom = low + 0.42 / height
-    axes = figure.add_axes((0.135, bottom, 0.765, high - 0.32 / height - bottom))
-    _strips(axes, results, beside, look)
-    return figure
+    height = 0.2 * lines + 0.16 * len(results)
+    card = style.Card(height + 0.6, f"{title}\n{facts}", entries, note)
+    _strips(card.panel(1.27, 0.1, 7.2, height), results, beside, look)
+    return card.figure
 
 
 def _times(results: Document) -> dict[str, list[float]]:

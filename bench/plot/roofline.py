@@ -13,7 +13,7 @@ from bench.plot import style
 from bench.plot.bars import note
 from bench.report import Document, Row
 
-_WIDTH, _TALL = 9.4, 4.0
+_TALL = 3.9  # inches of a panel
 
 
 def draw(results: Sequence[Document]) -> Figure:
@@ -30,20 +30,16 @@ def draw(results: Sequence[Document]) -> Figure:
         "and, thin, of any.\nFilled: forward. Hollow: forward and backward. "
         "A mark above the roof beats torch's own product."
     )
-    height = _TALL + 2.0
-    figure, low, top = style.card(_WIDTH, height, title, note(one))
-    style.legend(figure, top, [(name, style.key(look[name], line=False)) for name in names])
-    top -= 0.58 / height
+    entries = [(name, style.key(look[name], line=False)) for name in names]
+    card = style.Card(_TALL + 0.75, title, entries, note(one))
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    share = (_WIDTH - 0.1) / len(dtypes)
-    bottom = low + 0.5 / height
+    share = (style.WIDTH - 0.1) / len(dtypes)
     for column, dtype in enumerate(dtypes):
-        left, wide = column * share + 0.6, share - 0.8
-        axes = figure.add_axes((left / _WIDTH, bottom, wide / _WIDTH, top - bottom))
+        axes = card.panel(column * share + 0.6, 0.3, share - 0.8, _TALL)
         axes.set_title(dtype)
         _panel(axes, [row for row in rows if row["dtype"] == dtype], look, factor)
         axes.set(xlabel="flops a byte (needed flops over fewest bytes)", ylabel=unit)
-    return figure
+    return card.figure
 
 
 def memory_speed(rows: Sequence[Row]) -> float:
@@ -85,15 +81,15 @@ def _panel(
 def _roof(axes: Axes, slope: float, product: float, text: str, side: str) -> None:
     """A copy's slope up to the matrix product, with its name along it where that has room."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    (width, height), box = axes.figure.get_size_inches(), axes.get_position()
-    inches = box.width * width / math.log10(right / left)
-    turn = math.atan2(box.height * height / math.log10(high / low), inches)
+    # of a decade
+    wide = axes.bbox.width / axes.figure.dpi / math.log10(right / left)
+    turn = math.atan2(axes.bbox.height / axes.figure.dpi / math.log10(high / low), wide)
     ridge, start = product / slope, max(left, low / slope) * 1.1
     axes.plot(
         [left, ridge, right], [left * slope, product, product], color=style.GREY,
         linewidth=2.0 if side == "top" else 0.9, zorder=1.5,
     )  # fmt: skip
-    if math.log10(ridge / start) * inches / math.cos(turn) > 0.068 * len(text):
+    if math.log10(ridge / start) * wide / math.cos(turn) > 0.068 * len(text):
         axes.text(
             start, start * slope, text, rotation=math.degrees(turn), rotation_mode="anchor",
             va=side, fontsize=7.5, color=style.SOFT,

@@ -20,7 +20,7 @@ from bench.plot.roofline import memory_speed
 from bench.report import Document, Group, Row, groups
 from bench.spread import band
 
-_WIDTH, _TALL = 9.4, 1.75  # inches of the picture's width and of a panel's height
+_TALL, _GAP = 1.75, 0.62  # inches of a panel's height, and between panels
 
 
 class Axis(NamedTuple):
@@ -58,30 +58,25 @@ def draw(results: Sequence[Document]) -> Figure:
         if len(group) >= FEWEST_SIZES:
             panels.setdefault(variant, {})[dtype] = group
     dtypes = list(dict.fromkeys(dtype for row in panels.values() for dtype in row))
-    height = 1.2 + (_TALL + 0.72) * len(panels)
     title = f"{one['op']}: {axis.title}\n" + (
         "Medians; the shade is where the true median of ours lies (95 %). "
         f"Grey: a {axis.beside} of that size in the same rounds."
-        + " Dotted: memory-bound."
-        * (axis is FLOPS)
     )
-    figure, _, top = style.card(_WIDTH, height, title, note(one))
+    if axis is FLOPS:
+        title += " Dotted: memory-bound."
     entries = [(name, style.key(look[name], line=True)) for name in names]
-    style.legend(figure, top, [*entries, (axis.beside, style.key((style.GREY, ""), line=True))])
-    top -= 0.58 / height
-    share = (_WIDTH - 0.1) / len(dtypes)
-    limits = _limits(axis, [group for row in panels.values() for group in row.values()])
-    for variant, row in panels.items():
-        bottom = top - _TALL / height
+    entries.append((axis.beside, style.key((style.GREY, ""), line=True)))
+    card = style.Card((_TALL + _GAP) * len(panels), title, entries, note(one))
+    share, limits = (style.WIDTH - 0.1) / len(dtypes), _limits(axis, panels)
+    for number, (variant, row) in enumerate(panels.items()):
         for column, dtype in enumerate(dtypes):
             if dtype in row:
-                box = (column * share + 0.55, bottom, share - 0.8, _TALL / height)
-                axes = figure.add_axes((box[0] / _WIDTH, bottom, box[2] / _WIDTH, box[3]))
+                down = number * (_TALL + _GAP) + _GAP / 2
+                axes = card.panel(column * share + 0.55, down, share - 0.8, _TALL)
                 axes.set_title(f"{variant}, {dtype}")
                 _lines(axes, axis, row[dtype], look)
                 _scales(axes, axis, limits)
-        top = bottom - 0.72 / height
-    return figure
+    return card.figure
 
 
 def _lines(axes: Axes, axis: Axis, group: Group, look: dict[str, tuple[str, str]]) -> None:
@@ -116,7 +111,8 @@ def _waits_for_memory(row: Row, rows: Sequence[Row]) -> bool:
     return row["flops"] / row["traffic_bytes"] < product / memory_speed(rows)
 
 
-def _limits(axis: Axis, drawn: Sequence[Group]) -> tuple[list[float], list[float]]:
+def _limits(axis: Axis, panels: dict[str, dict[str, Group]]) -> tuple[list[float], list[float]]:
+    drawn = [group for row in panels.values() for group in row.values()]
     rows = [r for g in drawn for cells in g.values() for r in cells.values() if "median_us" in r]
     sizes = [float(row[axis.size]) for row in rows]
     return sizes, [row[column] for row in rows for column in (axis.speed, axis.ceiling)]

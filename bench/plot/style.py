@@ -7,13 +7,17 @@ marks say the same once more. The card is opaque, so that dark pages do not swal
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -22,7 +26,8 @@ from bench.report import Document, backends
 
 INK, SOFT, FAINT, CARD = "#1f2328", "#59636e", "#d9dee3", "#ffffff"
 OURS, LOST, LOSSES, GREY = "#0072b2", "#b3261e", "#fbf5f4", "#aeb6bf"
-# where a name is not listed, the rest of the cycle serves in order
+WIDTH = 9.4  # inches of every picture
+_IN_A_ROW, _NOTE = 8, 150  # names in a row of the legend, letters in a line of the note
 _LOOKS = {
     "eager": ("#e69f00", "s"),
     "compile": ("#009e73", "^"),
@@ -30,9 +35,18 @@ _LOOKS = {
     "sdpa": ("#56b4e9", "P"),
     "liger": ("#d55e00", "v"),
     "quack": ("#7b5ea7", "X"),
+    "cudnn": ("#8c6d1f", "<"),
+    "flash": ("#5a5a5a", ">"),
+    "efficient": ("#a0522d", "h"),
+    "math": ("#9e9d24", "p"),
+    "flex": ("#2f8f9d", "*"),
+    "varlen": ("#d9a0c0", "8"),
+    "flash_attn 2": ("#1f2328", "d"),
+    "flash_attn 3": ("#6b8e00", "H"),
 }
-_SPARE = (("#8c6d1f", "<"), ("#5a5a5a", ">"), ("#a0522d", "h"), ("#2f8f9d", "*"), ("#9e9d24", "p"))
-_SETTINGS = {
+# in turn, where a name is not listed
+_SPARE = (("#8d8d8d", "|"), ("#b08968", "x"), ("#5f7f9f", "1"), ("#a66999", "2"), ("#77a06a", "3"))
+_SETTINGS: dict[Any, Any] = {
     # text stays text: smaller files, and found by a search
     "svg.fonttype": "none",
     # names of clip paths are random without it
@@ -88,33 +102,45 @@ def looks(names: Sequence[str], ours: Sequence[str]) -> dict[str, tuple[str, str
     return {name: known[name] if name in known else next(spare) for name in names}
 
 
-def card(width: float, height: float, title: str, note: str) -> tuple[Figure, float, float]:
-    """A figure in inches with its headline; the fractions of its height that panels may take."""
-    figure = Figure(figsize=(width, height), facecolor=CARD)
-    left = 0.14 / width
-    headline, *rest = title.split("\n")
-    figure.text(left, 1 - 0.13 / height, headline, va="top", fontsize=12, fontweight="bold")
-    figure.text(left, 1 - 0.38 / height, "\n".join(rest), va="top", color=SOFT, linespacing=1.4)
-    figure.text(left, 0.1 / height, note, va="bottom", fontsize=7, color=SOFT, linespacing=1.4)
-    top = 0.46 + 0.17 * len(rest)
-    return figure, (0.16 + 0.14 * len(note.split("\n"))) / height, 1 - top / height
+class Card:
+    """A figure: headline and facts, the contenders' names, room for panels, a note at the foot.
 
+    Panels are placed in inches: from the left edge, and down from where their room begins.
+    """
 
-def legend(figure: Figure, y: float, entries: Sequence[tuple[str, Any]]) -> None:
-    """One line of names under the headline, at y as a fraction of the height."""
-    names, handles = [name for name, _ in entries], [handle for _, handle in entries]
-    figure.legend(
-        handles,
-        names,
-        loc="upper left",
-        bbox_to_anchor=(0.05 / figure.get_figwidth(), y),
-        ncols=len(names),
-        frameon=False,
-        handletextpad=0.5,
-        columnspacing=1.6,
-        borderaxespad=0,
-        fontsize=8.5,
-    )
+    def __init__(
+        self, room: float, title: str, entries: Sequence[tuple[str, Any]], note: str
+    ) -> None:
+        headline, *facts = title.split("\n")
+        said = [part for line in note.split("\n") for part in textwrap.wrap(line, _NOTE)]
+        rows = math.ceil(len(entries) / _IN_A_ROW)
+        self._head = 0.6 + 0.17 * len(facts) + 0.22 * rows
+        self._height = self._head + room + 0.3 + 0.14 * len(said)
+        self.figure = Figure(figsize=(WIDTH, self._height), facecolor=CARD)
+        text = partial(self.figure.text, 0.14 / WIDTH, linespacing=1.4)
+        text(self._from_top(0.13), headline, va="top", fontsize=12, fontweight="bold")
+        text(self._from_top(0.38), "\n".join(facts), va="top", color=SOFT)
+        text(0.1 / self._height, "\n".join(said), va="bottom", fontsize=7, color=SOFT)
+        self.figure.legend(
+            [handle for _, handle in entries],
+            [name for name, _ in entries],
+            loc="upper left",
+            bbox_to_anchor=(0.05 / WIDTH, self._from_top(0.46 + 0.17 * len(facts))),
+            ncols=math.ceil(len(entries) / rows),
+            frameon=False,
+            handletextpad=0.5,
+            columnspacing=1.6,
+            borderaxespad=0,
+            fontsize=8.5,
+        )
+
+    def _from_top(self, inches: float) -> float:
+        return 1 - inches / self._height
+
+    def panel(self, left: float, down: float, width: float, height: float) -> Axes:
+        """Axes whose upper left corner is there."""
+        bottom = self._from_top(self._head + down + height)
+        return self.figure.add_axes((left / WIDTH, bottom, width / WIDTH, height / self._height))
 
 
 def key(look: tuple[str, str], *, line: bool) -> Line2D:
