@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def test_examples_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     swathe.LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"README example {number}", "exec"), {})
+
+
+def test_the_benchmarks_readme_names_what_there_is() -> None:
+    from bench.measure import row_keys
+    from bench.record import SCHEMA, document
+    from bench.subject import subject
+
+    text = (readme.ROOT / "bench" / "README.md").read_text()
+    first = " ".join(re.findall(r"^\|(.*?)\|", text, re.MULTILINE))
+    _, _, facts = text.partition("A row of `benchmarks` has")
+    named = {*re.findall(r"`(\w+)`", first + facts.partition("either")[0])}
+    assert row_keys(subject("attention")) | document("rms_norm", "cpu").keys() <= named
+    assert f"have the present one ({SCHEMA})" in text.replace("\n", " ")
+    for module in re.findall(r"python -m (bench\.\w+)", text + README):
+        assert importlib.util.find_spec(module), module
 
 
 def test_every_function_is_listed_and_every_listed_one_exists() -> None:
