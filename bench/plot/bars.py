@@ -62,8 +62,8 @@ def note(results: Document) -> str:
 
 
 def label_of(row: Row) -> str:
-    """A cell's shape: its name or its numbers, whichever is shorter."""
-    return min(row["size"], row["shape"], key=len)
+    """A cell's numbers, or its shape's name where they are many."""
+    return row["size"] if row["size"].count("x") < 3 else row["shape"]
 
 
 def ratio_axis(axes: Axes, ratios: Iterable[float], room: float) -> None:
