@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.gate import covered, verify
+from support.gate import TRITON, covered, verify
 from support.gluon_gate import GluonConfiguration, launched
 from swathe.kernels.attention import _gluon_decode as decoding
 from swathe.kernels.attention._gluon_blocks import boxes
@@ -68,7 +68,7 @@ def configuration(
 def shipped() -> Iterator[GluonConfiguration]:
     """Every row of the table, and every optional part."""
     for size in decoding.BLOCKS:
-        yield configuration(size, size)
+        yield configuration(size, size, spilled=64 * (size == 256))
     for D, E in ((80, 80), (96, 96), (192, 128)):
         yield configuration(D, E)
     yield configuration(128, 128, torch.float16)
@@ -83,6 +83,8 @@ CONFIGURATIONS = list(shipped())
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_shipped_code(configuration: GluonConfiguration) -> None:
+    if configuration.label.startswith("decode-576") and TRITON != "3.6":
+        pytest.skip("this Triton's ptxas keeps 17 values of a loop of 843 instructions in memory")
     verify("attention_gluon_decode", configuration, "sm_90")
 
 
