@@ -55,7 +55,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     fakes = {
         "CUDAGraph": graph, "Stream": stream, "Event": FakeEvent, "current_stream": stream,
-        "graph": lambda graph: nullcontext(), "stream": lambda stream: nullcontext(),
+        "graph": lambda graph, stream=None: nullcontext(), "stream": lambda stream: nullcontext(),
         "max_memory_allocated": lambda: 3 << 20, "memory_allocated": lambda: 1 << 20,
         "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
         "_sleep": lambda cycles: None,
