@@ -34,9 +34,9 @@ from swathe.kernels.core.registry import Choice
 FORMS = ("causal", "full", "window", "packed")
 WINDOW = 1024
 TIMED = {
-    "full": ("heads_of_128", "heads_of_64", "gemma_2_9b_train"),
-    "window": ("llama_8b_prefill_8k", "gemma_2_9b_train"),
-    "packed": ("llama_8b_train", "llama_1b_train"),
+    "full": ("heads_of_128", "heads_of_64", "gemma_2_9b_train", "prefill_2048_of_64_by_3"),
+    "window": ("llama_8b_prefill_8k", "gemma_2_9b_train", "prefill_2048_of_64_by_3"),
+    "packed": ("llama_8b_train", "llama_1b_train", "prefill_2048_of_64_by_3"),
 }
 PROBES = {
     "whole": Shape("probe_whole", 1, 4, 2, 160, 160, 64, 64),
@@ -59,6 +59,18 @@ LARGE = (
     Shape("large_80", 2, 4, 4, 1024, 1024, 80, 80),
     Shape("large_128", 2, 8, 2, 1024, 1024, 128, 128),
 )
+# query heads by key head, in training and in decode
+GROUPS = tuple(
+    Shape(f"{what}_groups_of_{group}", B, 32, 32 // group, T, S, 128, 128)
+    for what, B, T, S in (("train", 2, 4096, 4096), ("decode", 8, 1, 8192))
+    for group in (1, 2, 8, 32)
+)
+# where each release is imported from; the fourth lies in a package that may have nothing else
+FLASH = {
+    "flash_attn 2": "flash_attn.flash_attn_interface",
+    "flash_attn 3": "flash_attn_interface",
+    "flash_attn 4": "flash_attn.cute",
+}
 SCORES = 24 << 30  # bytes that a peer may spend on scores
 SCORES_ON_CPU = 512 << 20  # more would take minutes
 
@@ -189,14 +201,16 @@ def flex(problem: Problem) -> Function:
 
 
 def flash(name: str, module: ModuleType, problem: Problem) -> Function:
-    """Dao's flash-attention: its kernel for caches where keys are more, else the plain one."""
+    """Dao's flash-attention: its kernel for caches, if any, where keys are more; else the plain."""
     q, k, _ = problem.inputs.values()
     options, given = problem.options, {"causal": problem.options["causal"]}
     if "window" in options:
         given["window_size"] = (options["window"] - 1, 0)
     borders = options.get("cu_seqlens")
     cached = q.shape[2] < k.shape[2]
-    function = module.flash_attn_with_kvcache if cached else module.flash_attn_func
+    function = module.flash_attn_func
+    if cached:
+        function = getattr(module, "flash_attn_with_kvcache", function)
     if borders is not None:
         longest = int(borders.diff().max())
         function = partial(
@@ -246,8 +260,7 @@ def peers(device: str) -> list[Peer]:
         *(Peer(name, partial(sdpa, name, backend)) for name, backend in pinned.items()),
         Peer("flex", flex),
         library("varlen", "torch.nn.attention.varlen", varlen),
-        library("flash_attn 2", "flash_attn", partial(flash, "flash_attn 2")),
-        library("flash_attn 3", "flash_attn_interface", partial(flash, "flash_attn 3")),
+        *(library(name, module, partial(flash, name)) for name, module in FLASH.items()),
     ]
 
 
@@ -290,7 +303,7 @@ SUBJECT = Subject(
     partial(attend, implementation="eager"),
     peers,
     choose,
-    gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:]),
+    gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:], *GROUPS),
     cpu=CPU,
     tiny=TINY,
     probes=PROBES,
