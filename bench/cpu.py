@@ -1,7 +1,7 @@
 """The CPU's numbers: every cell, all contenders side by side, on all cores.
 
     python -m bench.cpu --out bench/results/cpu [--op rms_norm] [--shapes NAME,NAME]
-                        [--dtypes float32,bfloat16] [--sittings 5] [--rounds 5]
+                        [--dtypes float32,bfloat16] [--sittings 5] [--rounds 7]
     python -m bench.cpu --out DIR --quick
 
 writes <op>.json there and prints it. Run it on a machine that does nothing else; an op takes

@@ -42,6 +42,7 @@ from bench.ceilings import ceilings
 from bench.contenders import contenders
 from bench.lanes import Lane, Unit, run_lanes
 from bench.models import shape_of
+from bench.progress import Progress
 from bench.record import document, save
 from bench.report import summary
 from bench.subject import OPS, Subject, subject
@@ -201,7 +202,9 @@ def main(given: list[str] | None = None) -> int:
     wrong, with_models = False, "models" in asked.parts
     ops = asked.ops if asked.parts != ["models"] else []
     kept = MODELS_SHARE * asked.budget if with_models else 0.0
+    progress = Progress(len(ops) + with_models)
     for number, op in enumerate(ops):
+        progress.step(op)
         share = (end - kept - time.monotonic()) / (len(ops) - number)
         run = Run(subject(op), asked.out, asked.dry_run, time.monotonic() + share)
         run.start(asked.commit)
@@ -210,6 +213,7 @@ def main(given: list[str] | None = None) -> int:
         print(summary(run.results), flush=True)
         wrong = wrong or run.wrong()
     if with_models:
+        progress.step("whole models")
         wrong = not whole_models(asked.out, asked.dry_run, end, asked.commit) or wrong
     return int(wrong)
 

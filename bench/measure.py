@@ -13,6 +13,7 @@ import torch._functorch.config
 
 from bench.cases import DTYPES, Cell, draw, gate, gold
 from bench.contenders import PEER_ERRORS, Contender
+from bench.sittings import expected
 from bench.subject import Function, Subject, Variant
 from bench.timing import (
     Backward,
@@ -33,12 +34,12 @@ Row = dict[str, Any]
 COPY, PRODUCT = "copy", "matrix product"
 # of each cell: sittings, and rounds of a sitting
 SITTINGS = {"cpu": 5, "cuda": 4}
-ROUNDS = {"cpu": 5, "cuda": 10}
+ROUNDS = {"cpu": 7, "cuda": 10}
 # the columns of a row that holds a timing
 _ROW_KEYS = {
     *("op", "shape", "size", "dtype", "variant", "backend", "ours", "median_us", "min_us"),
     *("max_us", "rounds", "samples_us", "gbps", "of_copy", "copy_gbps", "traffic_bytes"),
-    *("sittings_us", "first_ms", "host_us", "peak_mib"),
+    *("sittings_us", "band_us", "first_ms", "host_us", "peak_mib"),
 }
 # and of an op that says how many flops it needs
 _FLOP_KEYS = {"flops", "tflops", "of_product", "product_tflops"}
@@ -193,11 +194,14 @@ class Measured:
                 continue
             timing, copy = self._timing(name), self._timing(COPY)
             speed = _speed(timing, copy, self.traffic)
-            medians = [round(sitting[name].median, 3) for sitting in self.sittings]
+            medians = [sitting[name].median for sitting in self.sittings]
+            speed["sittings_us"] = [round(median, 3) for median in medians]
+            band = expected(medians)
+            speed["band_us"] = None if band is None else [round(end, 3) for end in band]
             if self.flops:
                 ceiling = self.product_flops / self._timing(PRODUCT).median / 1e6
                 speed |= _arithmetic(timing, self.flops, ceiling)
-            rows.append({**row, **speed, "sittings_us": medians, **self.facts[name]})
+            rows.append({**row, **speed, **self.facts[name]})
         return rows
 
     def _timing(self, name: str) -> Timing:

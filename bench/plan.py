@@ -78,7 +78,7 @@ def benchmarks(
             "compiled": not dry,
             "without": [backend] * (of.probed(shape) in broken),
             "device": device,
-            "limit_s": 120,
+            "limit_s": 180,
         }
         for shape, dtype in chosen
     ]

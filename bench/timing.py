@@ -32,7 +32,7 @@ from swathe.kernels.core.contract import Outputs, Problem
 
 Call = Callable[[], object]
 
-SAMPLE = 200e-6  # seconds: a hundred times what reading the clock costs
+SAMPLE = 1e-3  # seconds: what interrupts a loop, a tick or a clock read, is a thousandth of it
 FLUSH_BYTES = 1 << 30
 GRAPH_BYTES = 400e6  # traffic of one replay: about 100 us on the fastest card there is
 MOST_SETS = 32
