@@ -93,6 +93,24 @@ def test_rooms_keep_to_themselves(path: Path) -> None:
         assert not siblings, f"{relative(path)} imports a sibling family: {sorted(siblings)}"
 
 
+@pytest.mark.parametrize("path", [p for p in SHIPPED if p.suffix == ".py"], ids=relative)
+def test_gluon_is_spoken_in_one_vocabulary(path: Path) -> None:
+    """Triton renames Gluon's words: core/gluon.py translates, and an emulator stands in for it."""
+    words, modules = "swathe.kernels.core.gluon", modules_imported_by(path)
+    if relative(path) == "kernels/core/gluon.py":
+        return
+    direct = {m for m in modules if m.startswith("triton.experimental")}
+    assert not direct, f"{relative(path)}: import {words}, not {sorted(direct)[0]}"
+    if any(m == words or m.startswith(f"{words}.") for m in modules):
+        assert path.name.startswith("_gluon"), f"{relative(path)}: {words} imports Triton"
+    if f"{words}.jit" in modules:
+        kin = path.relative_to(ROOT).with_suffix("").parts[:-1]
+        kernels = ".".join(("swathe", *kin, "_gluon"))
+        allowed = ("__future__", "typing", words, kernels)
+        others = {m for m in modules if not m.startswith(allowed)}
+        assert not others, f"{relative(path)} holds Gluon kernels and imports {sorted(others)}"
+
+
 @pytest.mark.parametrize(
     "path", [*SHIPPED, *(p for p in ALL_PYTHON if p not in SHIPPED)], ids=relative
 )

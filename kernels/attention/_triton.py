@@ -16,6 +16,7 @@ Rounding scores, softmax and sums are fp32; p and ds are rounded to v's and k's 
 Dropout  a weight stays by a Philox number of (seed, head of the batch, row, key), forward and back.
 Order    o, lse and dq of a row do not depend on the batch; dk and dv are summed over the query
          heads of a group and their rows in a fixed order: no atomics, bit-equal reruns.
+Hopper   calls that paths.py gives to the kernels in Gluon, which round and sum alike.
 Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 """
 
@@ -23,20 +24,23 @@ Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from swathe.kernels.attention import _triton_backward, _triton_forward
+from swathe.kernels.attention import _triton_backward, _triton_decode, _triton_forward
 from swathe.kernels.attention._triton_blocks import (
     Blocks,
     Cut,
     cut,
     tiles_by_tma,
 )
-from swathe.kernels.attention._triton_decode import decode
-from swathe.kernels.attention.op import empty_backward, empty_forward, strides_of
+from swathe.kernels.attention._triton_rows import Rows
+from swathe.kernels.attention.op import empty_backward, empty_forward
+from swathe.kernels.attention.paths import path
 from swathe.kernels.core.device import guard
 from swathe.kernels.core.launch import Launcher, cdiv
 from swathe.kernels.core.rows import unit_rows
@@ -49,65 +53,12 @@ _backward_kv_at = Launcher(_triton_backward.backward_kv)
 _backward_bias_at = Launcher(_triton_backward.backward_bias)
 
 
-class Rows(NamedTuple):
-    """What the launchers take of a mask and of the scores, in the order of the operators."""
-
-    first: Tensor
-    last: Tensor
-    places: Tensor | None
-    keys: Tensor | None
-    allowed: Tensor | None
-    bias: Tensor | None
-    sinks: Tensor | None
-    alibi: Tensor | None
-    seed: Tensor | None
-    scale: float
-    softcap: float
-    dropout: float
-    padded: bool
-
-    @property
-    def masks(self) -> tuple[Tensor | None, ...]:
-        """Tensors from alibi to seed, as kernels take them."""
-        keys = None if self.keys is None else unit_rows(self.keys).view(torch.uint8)
-        allowed = None if self.allowed is None else self.allowed.view(torch.uint8)
-        return self.alibi, keys, allowed, self.bias, self.seed
-
-    def strides(self, heads: int) -> tuple[int, ...]:
-        """Of places, alibi, keys, allowed and bias, 0 where they are broadcast."""
-        return (
-            0 if self.places is None or self.places.shape[0] == 1 else self.places.stride(0),
-            heads if self.alibi is not None and self.alibi.dim() == 2 else 0,
-            0 if self.keys is None or self.keys.shape[0] == 1 else unit_rows(self.keys).stride(0),
-            *strides_of(self.allowed),
-            *strides_of(self.bias),
-        )
-
-    @property
-    def bounds(self) -> tuple[int, ...]:
-        """Strides of first and last, which have one shape."""
-        return tuple(
-            0 if n == 1 else stride
-            for n, stride in zip(self.first.shape, self.first.stride(), strict=True)
-        )
-
-    def numbers(self, q: Tensor, k: Tensor) -> tuple[int | float, ...]:
-        """What kernels take unspecialised."""
-        (_, H, T, _), (_, K, S, _) = q.shape, k.shape
-        lowest = 0.0 if self.bias is None else torch.finfo(self.bias.dtype).min
-        scores = (float(self.scale), float(self.softcap), lowest, float(self.dropout))
-        return (T, S, H, H // K, S - T, *scores)
-
-    @property
-    def dense(self) -> bool:
-        """Whether every weight has a number of its own, of a mask, a bias or dropout."""
-        return not (self.allowed is None and self.bias is None and self.seed is None)
-
-    @property
-    def flags(self) -> tuple[bool, bool]:
-        """SCORED: whether scores need more than a positive scale; SOFTCAP."""
-        plain = self.softcap == 0.0 and self.alibi is None and self.bias is None
-        return not plain or self.scale <= 0.0, self.softcap != 0.0
+def _on_hopper(which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> ModuleType | None:
+    """The launchers in Gluon, where paths.py names them and they serve the call."""
+    if path(which, q, v) != "gluon" or not (q.numel() and k.numel() and v.numel()):
+        return None
+    hopper = import_module("swathe.kernels.attention._gluon_sm90")
+    return hopper if hopper.why_not(which, q, k, v, *rest) is None else None
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int]:
@@ -133,6 +84,8 @@ def _tiles(t: Tensor, rows: int, tma: bool) -> Any:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """o (B, T, H, E) and lse2 (B, H, T) in fp32; `rest` are the fields of Rows."""
+    if hopper := _on_hopper("forward", q, k, v, *rest):
+        return hopper.forward(q, k, v, *rest)
     o, lse = empty_forward(q, k, v)
     (B, H, T, D), E, rows = q.shape, v.shape[3], Rows(*rest)
     made = cut(q, v, rows.dense)
@@ -167,6 +120,8 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the rows' statistics, as op.py says."""
+    if hopper := _on_hopper("backward", q, k, v, *rest):
+        return hopper.backward(do, dlse, q, k, v, o, lse, *rest)
     dq, dk, dv, stats = empty_backward(do, dlse, q, k, v, o, lse)
     (B, H, T, D), (S, E), rows = q.shape, v.shape[2:], Rows(*rest)
     made = cut(q, v, rows.dense)
@@ -224,6 +179,13 @@ def _backward_kv(
         block.warps,
         block.stages,
     )  # fmt: skip
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """o and lse2 of few queries over a cache; `rest` as _triton_decode.decode."""
+    if hopper := _on_hopper("decode", q, k, v, *rest):
+        return hopper.decode(q, k, v, *rest)
+    return _triton_decode.decode(q, k, v, *rest)
 
 
 def backward_bias(do: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, *rest: Any) -> Tensor:

@@ -46,7 +46,7 @@ def next_power_of_2(n: int) -> int:
 
 
 class Launcher:
-    """Launch one @triton.jit kernel whose parameters stand in the order of `__call__`'s groups."""
+    """Launch one kernel of Triton or Gluon, whose parameters stand as `__call__`'s groups do."""
 
     _made: ClassVar[WeakSet[Launcher]] = WeakSet()
 
@@ -79,19 +79,23 @@ class Launcher:
         constants: tuple[Hashable, ...],
         num_warps: int,
         num_stages: int = 3,
+        maxnreg: int | None = None,
     ) -> None:
         """Run the kernel on the current device and stream.
 
         `tensors` begin with a Tensor; others may be None, which the kernel is specialised for, or
-        Triton's TensorDescriptor. `specialised` are integers whose divisibility Triton may use,
-        `plain` numbers named in do_not_specialize, `constants` the constexprs.
+        a TensorDescriptor of the kernel's language. `specialised` are integers whose divisibility
+        Triton may use, `plain` numbers named in do_not_specialize, `constants` the constexprs.
+        `maxnreg` are the registers that a thread starts with where warps specialise.
         """
         arguments = (*tensors, *specialised, *plain, *constants)
-        shape = (num_warps, num_stages)
+        shape = (num_warps, num_stages, maxnreg)
         key = None if self._interpreted else _key(tensors, specialised, plain, constants, shape)
         compiled = None if key is None else self._compiled.get(key)
         if compiled is None:
             options = {"num_warps": num_warps, "num_stages": num_stages, **_OPTIONS}
+            if maxnreg is not None:
+                options["maxnreg"] = maxnreg  # not said at all where it is not meant: AMD has none
             compiled = self.kernel[grid](*arguments, **options)
             if key is not None:
                 self._compiled[key] = compiled
@@ -117,7 +121,7 @@ def _key(
     specialised: tuple[int, ...],
     plain: tuple[int | float, ...],
     constants: tuple[Hashable, ...],
-    shape: tuple[int, int],
+    shape: tuple[int, int, int | None],
 ) -> Hashable | None:
     pointers = 0
     types: list[Hashable] = []
@@ -128,7 +132,9 @@ def _key(
             if _AMD and t.untyped_storage().nbytes() >= _LONG:
                 return None  # Triton addresses smaller tensors with 32-bit offsets there
         else:
-            types.append(None if t is None else (t.base.dtype, *t.block_shape))
+            # only Gluon's descriptors say how a box lies in shared memory
+            layout = None if t is None else getattr(t, "layout", None)
+            types.append(None if t is None else (t.base.dtype, *t.block_shape, layout))
     if pointers & 15 or max(specialised) >= _LONG or max(plain) >= _LONG:
         return None
     return (

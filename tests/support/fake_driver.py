@@ -102,6 +102,10 @@ class FakeGpu:
             if any(not 0 < n <= limit for n, limit in zip(grid, GRID_LIMITS, strict=True)):
                 raise LaunchError(f"grid {grid}; the limits are {GRID_LIMITS}")
             # function, packed metadata, launch metadata and two hooks precede the arguments
+            about, *hooks = rest[2:5]
+            for hook in hooks:
+                if hook is not None:
+                    hook(about)
             signature = {str(k): str(v) for k, v in source.signature.items()}
             warps, hash_ = metadata.num_warps, metadata.hash
             self.launches.append(
