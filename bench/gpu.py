@@ -18,8 +18,8 @@ Parts   parity: every kernel once in a process of its own, then the numerical co
         host: Python's share of a call.
         models: whole models decode and train (bench.decoding, bench.training).
 Output  DIR/<op>.json, DIR/decoding.json and DIR/training.json, written anew after every unit, so
-        that a run that is cut off leaves what it had; DIR/logs; and a summary of every op on
-        stdout (`python -m bench.report DIR/<op>.json` prints it again), of models their tables.
+        that a run that is cut off leaves what it had; DIR/logs; and a summary of every op and
+        the models' tables on stdout (`python -m bench.report DIR/<op>.json` prints them again).
 Status  0 all well, 1 something failed (the summary says what), 2 nothing could run here.
 
 Without a GPU, `--dry-run` walks the same plan on the CPU with tiny shapes: it tests this code and

@@ -33,6 +33,19 @@ def expected(
     return math.exp(mean - reach), math.exp(mean + reach)
 
 
+def change(
+    before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE
+) -> tuple[float, float] | None:
+    """Between which factors the true medians of two runs differ; None as in `expected`."""
+    if min(len(before), len(after)) < 2:
+        return None
+    both = [[math.log(median) for median in run] for run in (before, after)]
+    variance = sum(statistics.variance(run) / len(run) for run in both)
+    reach = student(min(map(len, both)) - 1, confidence) * math.sqrt(variance)
+    moved = statistics.fmean(both[1]) - statistics.fmean(both[0])
+    return math.exp(moved - reach), math.exp(moved + reach)
+
+
 @lru_cache
 def student(freedom: int, confidence: float = CONFIDENCE) -> float:
     """Within which t lies in the share `confidence`; by bisection of the integrated density."""

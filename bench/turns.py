@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,11 @@ def printed(task: Task, results: Row) -> str:
     each = [f"{task.name}: {model}\n{table(task, rows)}" for model, rows in by_model.items()]
     skipped = [f"skipped, for time: {', '.join(results['skipped'])}"] * bool(results["skipped"])
     return dry + "\n\n".join(each + skipped)
+
+
+def printed_again(results: Row) -> str:
+    """The tables of a document that was read, whose task is that of its name."""
+    return printed(import_module(f"bench.{results['op']}").TASK, results)
 
 
 def table(task: Task, rows: Sequence[Row]) -> str:

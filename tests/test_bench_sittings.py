@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from bench.sittings import expected, student
+from bench.sittings import change, expected, student
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,21 @@ def run(draw: random.Random, between: float, within: float, outliers: float) -> 
     [(0.0, 0.01, 0.0), (0.02, 0.01, 0.0), (0.02, 0.01, 0.1), (0.0, 0.03, 0.1)],
 )
 def test_two_runs_agree_in_95_of_100_cells(between: float, within: float, outliers: float) -> None:
-    draw, agree, cells = random.Random(1), 0, 2000
+    draw, agree, unchanged, cells = random.Random(1), 0, 0, 2000
     for _ in range(cells):
-        band = expected(run(draw, between, within, outliers))
-        assert band is not None
-        other = statistics.geometric_mean(run(draw, between, within, outliers))
-        agree += band[0] <= other <= band[1]
-    assert 0.93 < agree / cells < 0.985
+        one, other = (run(draw, between, within, outliers) for _ in range(2))
+        low, high = expected(one) or (0.0, 0.0)
+        agree += low <= statistics.geometric_mean(other) <= high
+        low, high = change(one, other) or (0.0, 0.0)
+        unchanged += low <= 1.0 <= high
+    assert 0.93 < agree / cells < 0.985 and 0.93 < unchanged / cells < 0.99
+
+
+def test_a_change_beyond_the_noise_is_seen() -> None:
+    before, after = [100.0, 101.0, 99.0], [120.0, 121.2, 118.8]
+    low, high = change(before, after) or (0.0, 0.0)
+    assert 1.1 < low < 1.2 < high < 1.3
+    assert change(before, [120.0]) is None and change([], after) is None
 
 
 def test_one_sitting_promises_nothing() -> None:

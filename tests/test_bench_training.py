@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import training
+from bench import report, training
 from bench.models import shape_of, training_flops
 
 FACTS = {"shape": shape_of("llama_1b", tiny=True), "batch": 2, "length": 50}
@@ -27,6 +27,11 @@ def test_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first["losses"][0] != first["losses"][2]
     text = capsys.readouterr().out
     assert "of sdpa's" in text and "1.00" in text
+    assert report.main([str(tmp_path / "training.json")]) == 0
+    assert capsys.readouterr().out == text
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "training.json"), "--markdown"])
+    assert "whose table is text" in capsys.readouterr().err
 
 
 def test_figures() -> None:
