@@ -57,11 +57,11 @@ def draw(cell: Cell, device: str, seed: int) -> Problem:
 
 
 def gold(cell: Cell, problem: Problem) -> Outputs:
-    """fp64 results on the rounded inputs; the outputs alone where there is no backward."""
-    outputs = cell.subject.contract.gold(problem)
-    if cell.kind.backward:
-        return outputs
-    return {name: outputs[name] for name in problem.arriving}
+    """fp64 results on the rounded inputs: outputs, gradients or both, as a call gives them."""
+    found, kind = cell.subject.contract.gold(problem), cell.kind
+    if kind.backward and not kind.alone:
+        return found
+    return {name: t for name, t in found.items() if (name in problem.arriving) != kind.alone}
 
 
 def gate(outputs: Outputs, truth: Outputs, dtype: torch.dtype) -> str | None:

@@ -5,11 +5,13 @@
                             [--across op,machine,schema]
 
 A cell's ratio is the median after over the median before, so that 1.10 is 10 % slower. Its band
-says which ratios the noise leaves possible, from two sources, of which the wider counts:
+says which ratios the noise leaves possible, from three sources, of which the widest counts:
 
 samples  Each median lies in its own band (bench.spread: order statistics, no assumption on the
          noise); the ratio then lies between the ends of one over the opposite ends of the other.
          Both hold at 95 % each, so about 99 % of unchanged cells stay within.
+sittings Where a cell was measured in sittings that lay apart, their medians show what varies from
+         minute to minute, which samples of one sitting share (bench.sittings).
 peers    What differs between two runs and not within one (where memory lies, clocks, neighbours)
          no samples of one run can show. But the peers' code did not change: 95 % of their cells
          moved by less than some factor, and what moved ours less than that is no finding.
@@ -34,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.report import BUSY, Document, Row, aligned, line, read, where
+from bench.sittings import change
 from bench.spread import CONFIDENCE, band
 
 Key = tuple[str, str, str, str]
@@ -82,7 +85,11 @@ def cells(
         if key in new:
             ratio = new[key]["median_us"] / row["median_us"]
             (a, b), (c, d) = (band(r["samples_us"], confidence) for r in (row, new[key]))
-            found.append(Cell(row, new[key], min(c / b, ratio / moved), max(d / a, ratio * moved)))
+            sittings = [r.get("sittings_us", ()) for r in (row, new[key])]
+            apart = change(sittings[0], sittings[1], confidence)
+            low, high = apart or (c / b, d / a)
+            low, high = min(low, c / b, ratio / moved), max(high, d / a, ratio * moved)
+            found.append(Cell(row, new[key], low, high))
         elif key in failed:
             found.append(Cell(row, None))
     return sorted(found, key=lambda c: (c.before["traffic_bytes"], c.before["dtype"]))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.cells import CHOICES
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cells",
-        choices=("issue", "all"),
-        default="issue",
-        help="issue: without the residual's cells, a few minutes; all: every variant",
+        choices=CHOICES,
+        default="quick",
+        help="; ".join(f"{name}: {what}" for name, what in CHOICES.items()),
     )
+    parser.addoption("--quick", action="store_const", const="quick", dest="cells")
 
 
 def pytest_report_header() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -87,9 +87,20 @@ def _unless_left_out(of: Subject, name: str, problem: Problem) -> None:
 
 def _compile(of: Subject, problem: Problem) -> Function:
     _unless_left_out(of, "compile", problem)
-    # fresh for every cell: a second shape would otherwise recompile to dynamic sizes
-    torch._dynamo.reset()
-    return torch.compile(of.eager, dynamic=False, fullgraph=True)
+    return torch.compile(separately(of.eager), dynamic=False, fullgraph=True)
+
+
+def separately(function: Function) -> Function:
+    """The function under code of its own, since torch.compile keeps its results by code.
+
+    Cells neither use up each other's recompilations nor lose what was compiled for them.
+    """
+
+    def call(*tensors: Tensor, **given: Any) -> Any:
+        return function(*tensors, **given)
+
+    code = call.__code__.replace()
+    return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 
 def library(name: str, module: str, prepare: Callable[[ModuleType, Problem], Function]) -> Peer:

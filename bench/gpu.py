@@ -1,11 +1,12 @@
 """One command for a GPU machine: is it right there, and how fast.
 
-    python3 -m bench.gpu --out DIR [--ops rms_norm,...] [--parts parity,bench,host]
+    python3 -m bench.gpu --out DIR [--ops rms_norm,...] [--parts parity,bench,host,models]
                          [--budget 560] [--commit HASH]
 
 from the root of a checkout that need not be installed. It needs torch >= 2.11 and triton >= 3.6,
-downloads nothing, and ends within the budget (seconds), of which every op gets an equal share and
-what the ops before it left over: what did not fit is listed as skipped.
+downloads nothing, and ends within the budget (seconds), of which whole models get MODELS_SHARE and
+every op an equal share of the rest and what the ops before it left over: what did not fit is
+listed as skipped.
 Liger and quack take part where they can be imported; a pure-Python wheel that was unpacked into a
 folder is enough:
 
@@ -15,9 +16,10 @@ Parts   parity: every kernel once in a process of its own, then the numerical co
         and full-size shapes, every dtype and casting, then reruns, CUDA graphs, streams, layouts,
         torch.compile, a tensor past 2^31 elements. bench: all contenders side by side, cold L2.
         host: Python's share of a call.
-Output  DIR/<op>.json, written anew after every unit, so that a run that is cut off leaves what it
-        had; DIR/logs; and a summary of every op on stdout (`python -m bench.report DIR/<op>.json`
-        prints it again).
+        models: whole models decode and train (bench.decoding, bench.training).
+Output  DIR/<op>.json, DIR/decoding.json and DIR/training.json, written anew after every unit, so
+        that a run that is cut off leaves what it had; DIR/logs; and a summary of every op and
+        the models' tables on stdout (`python -m bench.report DIR/<op>.json` prints them again).
 Status  0 all well, 1 something failed (the summary says what), 2 nothing could run here.
 
 Without a GPU, `--dry-run` walks the same plan on the CPU with tiny shapes: it tests this code and
@@ -35,18 +37,23 @@ from typing import Any
 
 import torch
 
-from bench import plan
+from bench import decoding, plan, training
+from bench.ceilings import ceilings
 from bench.contenders import contenders
 from bench.lanes import Lane, Unit, run_lanes
+from bench.models import shape_of
+from bench.progress import Progress
 from bench.record import document, save
 from bench.report import summary
 from bench.subject import OPS, Subject, subject
+from bench.turns import Turns, document_of, fine, printed, usual
 from swathe.kernels.core.cpp import why_unavailable
 from swathe.kernels.core.registry import registered
 
 Row = dict[str, Any]
 # seconds kept back for writing and printing
 _CLOSING = 8.0
+MODELS_SHARE = 0.35  # of the budget: two models, decoded and trained
 _TABLES = {
     "probe": "checks",
     "check": "checks",
@@ -129,6 +136,29 @@ class Run:
         )
 
 
+def whole_models(out: Path, dry: bool, deadline: float, commit: str | None) -> bool:
+    """Decode and train the plan's models until the deadline; whether ours all ran."""
+    device = "cpu" if dry else "cuda"
+    ceiling = ceilings(device, "bfloat16", dry=dry)
+    tasks = {task.name: task for task in (decoding.TASK, training.TASK)}
+    results = {
+        name: document_of(task, device, ceiling, dry=dry, commit=commit)
+        for name, task in tasks.items()
+    }
+    for unit in plan.whole_models(dry):
+        task, found = tasks[unit["task"]], results[unit["task"]]
+        if time.monotonic() < deadline:
+            facts = {**unit, "device": device, "shape": shape_of(unit["model"], tiny=dry)}
+            turns = Turns(task, facts, usual(task, dry=dry), deadline=deadline, limit_s=120.0)
+            found["rows"] += turns.run(1 if dry else 2, ceiling)
+        else:
+            found["skipped"].append(unit["model"])
+        save(found, out / f"{task.name}.json")
+    for name, found in results.items():
+        print(f"\n{printed(tasks[name], found)}", flush=True)
+    return all(fine(row) for found in results.values() for row in found["rows"] if row["ours"])
+
+
 def backend_for(op: str, device: str) -> str:
     """The backend under test: triton on a GPU, and what this CPU has for a dry run."""
     if device == "cuda":
@@ -169,15 +199,22 @@ def main(given: list[str] | None = None) -> int:
         )
         return 2
     end = time.monotonic() + asked.budget - _CLOSING
-    wrong = False
-    for number, op in enumerate(asked.ops):
-        share = (end - time.monotonic()) / (len(asked.ops) - number)
+    wrong, with_models = False, "models" in asked.parts
+    ops = asked.ops if asked.parts != ["models"] else []
+    kept = MODELS_SHARE * asked.budget if with_models else 0.0
+    progress = Progress(len(ops) + with_models)
+    for number, op in enumerate(ops):
+        progress.step(op)
+        share = (end - kept - time.monotonic()) / (len(ops) - number)
         run = Run(subject(op), asked.out, asked.dry_run, time.monotonic() + share)
         run.start(asked.commit)
         run.all(asked.parts)
         save(run.results, run.file)
         print(summary(run.results), flush=True)
         wrong = wrong or run.wrong()
+    if with_models:
+        progress.step("whole models")
+        wrong = not whole_models(asked.out, asked.dry_run, end, asked.commit) or wrong
     return int(wrong)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import ROOT
+from bench.remote import end
 
 Unit = dict[str, Any]
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ class Lane:
             try:
                 reason = self._watch(process, lines, receive)
             finally:
-                _end(process)
+                end(process)
         if reason and reason != _OVER and self.left:
             unit = self.left.pop(0)
             tail = errors.read_text(errors="replace").strip()[-3000:]
@@ -100,13 +100,6 @@ class Lane:
             if now > self.deadline:
                 return _OVER
             time.sleep(_PAUSE)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    # the whole session: compilers that the worker started go with it
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def run_lanes(lanes: Sequence[Lane], receive: Receive) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 from bench.cases import DTYPES, Cell, draw, gate, gold
 from bench.contenders import PEER_ERRORS, Contender
-from bench.subject import Subject
+from bench.sittings import expected
+from bench.subject import Function, Subject, Variant
 from bench.timing import (
+    Backward,
     Call,
     Copy,
     Product,
@@ -27,12 +32,14 @@ from swathe.kernels.core.contract import Outputs, Problem
 
 Row = dict[str, Any]
 COPY, PRODUCT = "copy", "matrix product"
-ROUNDS = {"cpu": 15, "cuda": 40}
+# of each cell: sittings, and rounds of a sitting
+SITTINGS = {"cpu": 5, "cuda": 4}
+ROUNDS = {"cpu": 7, "cuda": 10}
 # the columns of a row that holds a timing
 _ROW_KEYS = {
     *("op", "shape", "size", "dtype", "variant", "backend", "ours", "median_us", "min_us"),
     *("max_us", "rounds", "samples_us", "gbps", "of_copy", "copy_gbps", "traffic_bytes"),
-    *("host_us", "peak_mib"),
+    *("sittings_us", "band_us", "first_ms", "host_us", "peak_mib"),
 }
 # and of an op that says how many flops it needs
 _FLOP_KEYS = {"flops", "tflops", "of_product", "product_tflops"}
@@ -48,114 +55,167 @@ def measure(
     device: str,
     contenders: Iterable[Contender],
     *,
+    sittings: int = 1,
     rounds: int | None = None,
     seconds: float = math.inf,
     seed: int = 0,
 ) -> list[Row]:
     """One row for each contender that is present: its timing, or the error that kept it out.
 
-    On a CPU the rounds of a cell stop early after `seconds`.
-
-    A contender whose outputs are off from fp64 gets no timing, only the reason.
+    `rounds` of each of `sittings`; on a CPU those of a sitting stop early after `seconds`. A
+    contender whose outputs are off from fp64 gets no timing, only the reason.
     """
-    backward = cell.kind.backward
-    problems = [draw(cell, device, seed)]
-    traffic = cell.subject.traffic(problems[0], backward)
-    problems += [draw(cell, device, seed + i) for i in range(1, input_sets(device, traffic))]
-    truth = gold(cell, problems[0])
-    calls: dict[str, list[Call]] = {}
-    errors: dict[str, str] = {}
-    present = [c for c in contenders if not c.absent]
-    for contender in present:
-        prepared = _prepared(contender, problems, backward, truth, DTYPES[cell.dtype])
-        if isinstance(prepared, str):
-            errors[contender.name] = prepared
-        else:
-            calls[contender.name] = prepared
-    del truth
-    peaks = {name: peak_bytes(each[0], device) for name, each in calls.items()}
-    hosts = {
-        c.name: _host(c, calls[c.name][0], problems[0], backward, device)
-        for c in present
-        if c.name in calls
-    }
-    calls[COPY] = Copy(traffic, device, len(problems)).calls()
-    flops = cell.subject.flops(problems[0], backward) if cell.subject.flops else None
-    product = Product(flops, DTYPES[cell.dtype], device) if flops else None
-    if product is not None:
-        calls[PRODUCT] = product.calls()
-    timings = _timed(calls, errors, device, rounds or ROUNDS[device], seconds)
-    rows = []
-    for contender in present:
-        row = {**cell.facts(), "backend": contender.name, "ours": contender.ours}
-        if contender.name in errors:
-            rows.append({**row, "error": errors[contender.name]})
-            continue
-        speed = _speed(timings[contender.name], timings[COPY], traffic)
-        if flops and product is not None:
-            ceiling = product.flops / timings[PRODUCT].median / 1e6
-            speed |= _arithmetic(timings[contender.name], flops, ceiling)
-        peak = round(peaks[contender.name] / 2**20, 3)
-        rows.append({**row, **speed, "host_us": hosts[contender.name], "peak_mib": peak})
-    return rows
+    measured = Measured(cell, device, contenders, seed=seed)
+    for _ in range(sittings):
+        measured.sit(rounds or ROUNDS[device], seconds)
+    return measured.rows()
 
 
-def _prepared(
-    contender: Contender,
-    problems: list[Problem],
-    backward: bool,
-    truth: Outputs,
-    dtype: torch.dtype,
-) -> list[Call] | str:
-    try:
-        function = contender.prepare(problems[0])
-        calls = [problem.call(function, backward=backward) for problem in problems]
-        reason = gate(calls[0](), truth, dtype)
-    except PEER_ERRORS as error:
-        return f"{type(error).__name__}: {error}"[:2000]
-    if reason:
-        return f"gate: {reason}"
-    return list(calls)
+def call_of(kind: Variant, function: Function, problem: Problem) -> Call:
+    """What is timed: a call that gives outputs, gradients or both by name."""
+    if kind.alone:
+        return Backward(problem, function)
+    return problem.call(function, backward=kind.backward)
 
 
-def _timed(
-    calls: dict[str, list[Call]],
-    errors: dict[str, str],
-    device: str,
-    rounds: int,
-    seconds: float,
-) -> dict[str, Timing]:
-    if device == "cpu":
-        return time_on_cpu({name: each[0] for name, each in calls.items()}, rounds, seconds)
-    replays = {}
-    for name, each in calls.items():
+class Measured:
+    """A cell whose contenders are checked and warm, and are timed in one sitting or more.
+
+    A sitting allocates its inputs anew: what depends on where memory lies, or on the machine's mood
+    in a minute, differs from one to the next as it does from one run to another. So sittings that
+    lie apart show how far a run's median is to be trusted, which rounds of one sitting do not.
+    """
+
+    def __init__(
+        self, cell: Cell, device: str, contenders: Iterable[Contender], *, seed: int = 0
+    ) -> None:
+        self.cell, self.device, self.seed = cell, device, seed
+        first = draw(cell, device, seed)
+        kind, subject = cell.kind, cell.subject
+        self.traffic = kind.of(subject.traffic, first)
+        self.flops = kind.of(subject.flops, first) if subject.flops else None
+        self.problems = [first]
+        self.present = [c for c in contenders if not c.absent]
+        self.functions: dict[str, Function] = {}
+        self.errors: dict[str, str] = {}
+        self.facts: dict[str, Row] = {}
+        self.sittings: list[dict[str, Timing]] = []
+        self.product_flops = 0
+        truth = gold(cell, first)
+        for contender in self.present:
+            self._prepare(contender, truth)
+
+    def _prepare(self, contender: Contender, truth: Outputs) -> None:
+        name, problem, start = contender.name, self.problems[0], time.perf_counter()
         try:
-            replays[name] = Replay(each)
+            with _retained(self.cell.kind):
+                function = contender.prepare(problem)
+                call = call_of(self.cell.kind, function, problem)
+                found: Any = call()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                first = time.perf_counter() - start
+                reason = gate(found, truth, DTYPES[self.cell.dtype])
         except PEER_ERRORS as error:
-            errors[name] = f"CUDA graph capture: {type(error).__name__}: {error}"[:2000]
-    return time_on_gpu(replays, rounds)
+            reason = f"{type(error).__name__}: {error}"[:2000]
+            self.errors[name] = reason
+            return
+        if reason:
+            self.errors[name] = f"gate: {reason}"
+            return
+        del found
+        self.functions[name] = function
+        self.facts[name] = {
+            "first_ms": round(1e3 * first, 3),
+            "peak_mib": round(peak_bytes(call, self.device) / 2**20, 3),
+            "host_us": self._host(contender, call),
+        }
+
+    def _host(self, contender: Contender, call: Call) -> float | None:
+        """Microseconds of Python a call; on a CPU those of a call on no rows.
+
+        None on a CPU for torch.compile, which would compile once more for no rows, and for ops that
+        need at least one.
+        """
+        if self.device == "cuda":
+            return round(host_time(call).median, 2)
+        if contender.name == "compile":
+            return None
+        problem = self.problems[0]
+        rows = next(iter(problem.inputs.values())).shape[0]
+        none = problem.map(lambda t: t[:0] if t.dim() > 1 and t.shape[0] == rows else t)
+        try:
+            empty = call_of(self.cell.kind, contender.prepare(none), none)
+            empty()
+        except PEER_ERRORS:
+            return None
+        return round(host_time(empty).median, 2)
+
+    def sit(self, rounds: int, seconds: float = math.inf) -> None:
+        """Time every contender side by side, on inputs of this sitting."""
+        # the first inputs are those that the contenders were checked on
+        sets = input_sets(self.device, self.traffic)
+        new = range(sets - len(self.problems))
+        problems = self.problems + [draw(self.cell, self.device, self.seed) for _ in new]
+        self.problems = []
+        calls = {
+            name: [call_of(self.cell.kind, function, problem) for problem in problems]
+            for name, function in self.functions.items()
+        }
+        calls[COPY] = Copy(self.traffic, self.device, sets).calls()
+        if self.flops:
+            product = Product(self.flops, DTYPES[self.cell.dtype], self.device)
+            self.product_flops, calls[PRODUCT] = product.flops, product.calls()
+        with _retained(self.cell.kind):
+            self.sittings.append(self._timed(calls, rounds, seconds))
+
+    def _timed(
+        self, calls: dict[str, list[Call]], rounds: int, seconds: float
+    ) -> dict[str, Timing]:
+        if self.device == "cpu":
+            return time_on_cpu({name: each[0] for name, each in calls.items()}, rounds, seconds)
+        replays = {}
+        for name, each in calls.items():
+            try:
+                replays[name] = Replay(each)
+            except PEER_ERRORS as error:
+                self.errors[name] = f"CUDA graph capture: {type(error).__name__}: {error}"[:2000]
+                self.functions.pop(name, None)
+        return time_on_gpu(replays, rounds)
+
+    def rows(self) -> list[Row]:
+        """What was found so far: of a contender that failed the error, of others their timing."""
+        rows = []
+        for contender in self.present:
+            name = contender.name
+            row = {**self.cell.facts(), "backend": name, "ours": contender.ours}
+            if name in self.errors:
+                rows.append({**row, "error": self.errors[name]})
+                continue
+            timing, copy = self._timing(name), self._timing(COPY)
+            speed = _speed(timing, copy, self.traffic)
+            medians = [sitting[name].median for sitting in self.sittings]
+            speed["sittings_us"] = [round(median, 3) for median in medians]
+            band = expected(medians)
+            speed["band_us"] = None if band is None else [round(end, 3) for end in band]
+            if self.flops:
+                ceiling = self.product_flops / self._timing(PRODUCT).median / 1e6
+                speed |= _arithmetic(timing, self.flops, ceiling)
+            rows.append({**row, **speed, **self.facts[name]})
+        return rows
+
+    def _timing(self, name: str) -> Timing:
+        return Timing.of([s for sitting in self.sittings for s in sitting[name].samples])
 
 
-def _host(
-    contender: Contender, call: Call, problem: Problem, backward: bool, device: str
-) -> float | None:
-    """Microseconds of Python a call; on a CPU those of a call on no rows.
+def _retained(kind: Variant) -> AbstractContextManager[Any]:
+    """For a backward alone, which goes through one graph many times: what torch.compile may keep.
 
-    None on a CPU for torch.compile, which would compile once more for no rows, and for ops that
-    need at least one.
+    It otherwise overwrites what the forward kept, and refuses a second backward.
     """
-    if device == "cuda":
-        return round(host_time(call).median, 2)
-    if contender.name == "compile":
-        return None
-    rows = next(iter(problem.inputs.values())).shape[0]
-    none = problem.map(lambda t: t[:0] if t.dim() > 1 and t.shape[0] == rows else t)
-    try:
-        empty = none.call(contender.prepare(none), backward=backward)
-        empty()
-    except PEER_ERRORS:
-        return None
-    return round(host_time(empty).median, 2)
+    if not kind.alone:
+        return nullcontext()
+    return torch._functorch.config.patch(donated_buffer=False)
 
 
 def _arithmetic(timing: Timing, flops: int, ceiling: float) -> Row:

@@ -9,7 +9,7 @@ from bench.parity import CHECKS, HUGE_BYTES, NEED_A_GPU, groups
 from bench.subject import Subject
 
 Unit = dict[str, Any]
-PARTS = ("parity", "bench", "host")
+PARTS = ("parity", "bench", "host", "models")
 
 
 def probes(of: Subject, backend: str, device: str) -> list[Unit]:
@@ -78,7 +78,7 @@ def benchmarks(
             "compiled": not dry,
             "without": [backend] * (of.probed(shape) in broken),
             "device": device,
-            "limit_s": 120,
+            "limit_s": 180,
         }
         for shape, dtype in chosen
     ]
@@ -89,3 +89,19 @@ def host_costs(of: Subject, backend: str, device: str, dry: bool) -> list[Unit]:
     shapes = (of.tiny[0].name,) if dry else of.host
     facts = {"kind": "host", "op": of.op, "backend": backend, "device": device, "limit_s": 60}
     return [{**facts, "shape": shape, "rounds": 2 if dry else 15} for shape in shapes]
+
+
+def whole_models(dry: bool) -> list[Unit]:
+    """Tasks and models: what serves, then what trains, small models first of each family's."""
+    if dry:
+        sizes = {"decoding": {"length": 8, "new": 4}, "training": {"length": 8, "steps": 1}}
+        names = ("llama_1b",)
+    else:
+        sizes = {"decoding": {"length": 512, "new": 128}, "training": {"length": 4096, "steps": 6}}
+        names = ("llama_1b", "qwen3_0.6b", "gemma3_1b", "smollm2_135m", "qwen3_1.7b", "llama_8b")
+        names += ("gemma_2b", "qwen3_8b")
+    return [
+        {"task": task, "model": name, "batch": 1, "dtype": "bfloat16", **size}
+        for name in names
+        for task, size in sizes.items()
+    ]

@@ -18,6 +18,7 @@ from swathe.kernels.core.cpp import isa, why_unavailable
 SCHEMA = 2
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "numpy")
+_PACKAGES += ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 
 def document(op: str, device: str, commit: str | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,12 @@ def main(given: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    print(markdown(results) if asked.markdown else summary(results))
+    if "rows" in results:  # whole models: only the table of their own
+        if asked.markdown:
+            parser.error(f"--markdown: {asked.file} is of whole models, whose table is text")
+        print(import_module("bench.turns").printed_again(results))
+    else:
+        print(markdown(results) if asked.markdown else summary(results))
     return 0
 
 

@@ -35,11 +35,20 @@ HEADS = {576: (9, 3, 64), 2048: (32, 8, 64), 4096: (32, 8, 128)}  # of q, of k, 
 
 
 class Variant(NamedTuple):
-    """What one timed call does; `form` tells the subject which kind of problem to draw."""
+    """What one timed call does; `form` tells the subject which kind of problem to draw.
+
+    `alone`: the backward without its forward, which is made once beforehand.
+    """
 
     name: str
     form: str
     backward: bool
+    alone: bool = False
+
+    def of(self, cost: Callable[[Problem, bool], int], problem: Problem) -> int:
+        """Bytes or flops of this call, from cost(problem, backward)."""
+        whole = cost(problem, self.backward)
+        return whole - cost(problem, False) if self.alone else whole
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Subject:
     peers    everyone else on a device, torch's own op included, torch.compile not.
     gpu, cpu, tiny   shapes by occasion, each a named tuple whose first field is its name; training
              shapes first. `probes` are small shapes that together run every kernel.
+    quick    names of shapes of `cpu` that stand for all of them; the first with torch.compile.
     probed   the probe whose kernels a shape takes.
     traffic  fewest bytes a call can move: traffic(problem, backward).
     flops    of the matrix products that a call needs, where these and not bytes bound it.
@@ -86,6 +96,7 @@ class Subject:
     probed: Callable[[Any], str]
     traffic: Callable[[Problem, bool], int]
     forms: tuple[str, ...] = ("",)
+    quick: tuple[str, ...] = ()
     second_look: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
     checked: Mapping[str, Any] = field(default_factory=dict)
@@ -103,12 +114,14 @@ class Subject:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Forward and forward+backward of every form."""
-        return tuple(
+        """Forward and forward+backward of every form, and the backward alone of the first."""
+        both = tuple(
             Variant(f"{form} {direction}".strip(), form, direction != "forward")
             for form in self.forms
             for direction in ("forward", "forward+backward")
         )
+        first = self.forms[0]
+        return (*both, Variant(f"{first} backward".strip(), first, backward=True, alone=True))
 
     def variants_of(self, shape: Any) -> tuple[Variant, ...]:
         """Those that a shape is measured in."""

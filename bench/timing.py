@@ -28,9 +28,11 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
+from swathe.kernels.core.contract import Outputs, Problem
+
 Call = Callable[[], object]
 
-SAMPLE = 200e-6  # seconds: a hundred times what reading the clock costs
+SAMPLE = 1e-3  # seconds: what interrupts a loop, a tick or a clock read, is a thousandth of it
 FLUSH_BYTES = 1 << 30
 GRAPH_BYTES = 400e6  # traffic of one replay: about 100 us on the fastest card there is
 MOST_SETS = 32
@@ -107,6 +109,32 @@ def _seconds(call: Call, count: int) -> float:
     return time.perf_counter() - start
 
 
+class Backward:
+    """The backward of a problem alone; `forward` makes the graph that all later calls go through.
+
+    A call gives the gradient of every input by "d" + its name.
+    """
+
+    def __init__(self, problem: Problem, function: Callable[..., Any]) -> None:
+        self.leaves = {k: t.detach().requires_grad_() for k, t in problem.inputs.items()}
+        self.function, self.options = function, dict(problem.options)
+        self.arriving = tuple(problem.arriving.values())
+        self.outputs: tuple[Tensor, ...] | None = None
+
+    def forward(self) -> None:
+        """Call the function anew, on the current stream."""
+        found = self.function(**self.leaves, **self.options)
+        self.outputs = found if type(found) is tuple else (found,)
+
+    def __call__(self) -> Outputs:
+        if self.outputs is None:
+            self.forward()
+        assert self.outputs is not None
+        leaves = tuple(self.leaves.values())
+        found = torch.autograd.grad(self.outputs, leaves, self.arriving, retain_graph=True)
+        return {f"d{name}": t for name, t in zip(self.leaves, found, strict=True)}
+
+
 class Replay:
     """A CUDA graph of several calls; it keeps their outputs, so that no two write to one place."""
 
@@ -115,11 +143,15 @@ class Replay:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            # a backward runs on the stream of its forward, which has to be the captured one
+            for call in calls:
+                if isinstance(call, Backward):
+                    call.forward()
             for call in (calls[0], calls[0], *calls):
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):
             self.outputs = [call() for call in calls]
 
     def start(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -21,7 +21,7 @@ from bench import parity
 from bench.cases import Cell
 from bench.contenders import contenders
 from bench.launch_cost import host_rows
-from bench.measure import measure
+from bench.measure import SITTINGS, measure
 from bench.subject import subject
 
 Row = dict[str, Any]
@@ -81,7 +81,8 @@ def bench(unit: Unit) -> Iterator[Row]:
     shape = of.shape(unit["shape"])
     for variant in of.variants_of(shape):
         cell = Cell.of(of.op, shape, unit["dtype"], variant)
-        yield from measure(cell, device, chosen, rounds=unit["rounds"])
+        sittings = 1 if unit["rounds"] else SITTINGS[device]
+        yield from measure(cell, device, chosen, sittings=sittings, rounds=unit["rounds"])
         if device == "cuda":
             torch.cuda.empty_cache()
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from bench import contenders as who
 from bench import cpu, overview, report
 from bench.cases import DTYPES, Cell, draw, gate, gold
+from bench.cells import cells
 from bench.contenders import Contender, contenders, peer
-from bench.measure import ROUNDS, measure, row_keys
+from bench.measure import ROUNDS, SITTINGS, call_of, measure, row_keys
 from bench.parity import different, drawn, run_of
 from bench.record import document, save
 from bench.subject import OPS, Variant, each_once, subject
-from bench.test_ops import Playback, cells
+from bench.test_ops import Playback
 from bench.timing import input_sets, interleave, peak_bytes
 from swathe.kernels.core.contract import Problem
 from swathe.kernels.norm import eager
@@ -74,7 +75,7 @@ def test_gate_lets_right_ones_through(op: str, dtype: str) -> None:
             except NotImplementedError as unserved:
                 assert not one.ours and one.name in str(unserved)
                 continue
-            found = problem.run(function, backward=variant.backward)
+            found: Any = call_of(variant, function, problem)()
             assert gate(found, truth, DTYPES[dtype]) is None, (one.name, variant)
 
 
@@ -167,6 +168,7 @@ def test_traffic_counts_each_tensor_once() -> None:
         "forward+backward": 5 * 1280 + 3 * weight,
         "add forward": 4 * 1280 + weight,
         "add forward+backward": 8 * 1280 + 3 * weight,
+        "backward": 5 * 1280 + 3 * weight,
     }
     x, table = torch.ones(4, 8), torch.ones(8)
     problem = Problem({"x": x}, {"y": x}, {"cos": table, "scale": 2.0})
@@ -198,13 +200,12 @@ def test_playback_clock_gives_back_the_samples() -> None:
 
 
 def test_pytest_cells_are_the_issues() -> None:
-    norm = [c for c in cells(False) if c.op == "rms_norm"]
+    norm = cells("rms_norm", "cpu", "issue")
     forward = {(c.size, c.dtype) for c in norm if c.variant == "forward"}
-    if not torch.cuda.is_available():
-        sizes = {f"{m} x {n}" for m in (1, 16, 2048) for n in (576, 2048, 4096)}
-        assert forward == {(size, d) for size in sizes for d in ("float32", "bfloat16")}
-    every = [c for c in cells(True) if c.op == "rms_norm"]
-    assert len(every) == 4 * len(forward) and len(cells(True)) > len(cells(False))
+    sizes = {f"{m} x {n}" for m in (1, 16, 2048) for n in (576, 2048, 4096)}
+    assert forward == {(size, d) for size in sizes for d in ("float32", "bfloat16")}
+    every = cells("rms_norm", "cpu", "all")
+    assert len(every) == 5 * len(forward) and set(norm) < set(every)
 
 
 def results_of(ours: float, peer_us: float) -> dict[str, Any]:
@@ -323,8 +324,10 @@ def test_cpu_run_writes_what_report_reads(
 ) -> None:
     everyone = contenders(NORM, "cpu", compiled=False)
     monkeypatch.setattr(cpu, "contenders", lambda of, device: everyone)
-    assert ROUNDS["cpu"] >= 15
-    given = ["--out", str(tmp_path), "--rounds", "2", "--shapes", "smollm2_135m_decode"]
+    monkeypatch.setattr(cpu, "contenders_of", lambda cell, device, which: everyone)
+    assert ROUNDS["cpu"] * SITTINGS["cpu"] >= 15
+    given = ["--out", str(tmp_path), "--rounds", "1", "--shapes", "smollm2_135m_decode"]
+    given += ["--sittings", "2"]
     assert cpu.main(given) == 0
     results = report.read(tmp_path / "rms_norm.json")
     rows = results["benchmarks"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,16 +84,44 @@ class Dao:
         return attention(q, k, v, **given)[0]
 
 
+class DaoFour:
+    """The fourth release: outputs with a log-sum, no function for caches."""
+
+    @staticmethod
+    def flash_attn_func(*args: Tensor, **given: Any) -> tuple[Tensor, None]:
+        return Dao.flash_attn_func(*args, **given), None
+
+    @staticmethod
+    def flash_attn_varlen_func(*args: Tensor, **given: Any) -> tuple[Tensor, None]:
+        return Dao.flash_attn_varlen_func(*args, **given), None
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("form", FORMS)
 def test_peers_are_asked_for_the_same(form: str, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    dao: Any = Dao
-    prepare = [partial(sdpa, "sdpa", None), flex, partial(flash, "flash_attn", dao)]
+    releases: list[Any] = [Dao, DaoFour]
+    prepare = [partial(sdpa, "sdpa", None), flex]
+    prepare += [partial(flash, "flash_attn", one) for one in releases]
     for shape in (SQUARE, CACHED) if form in ("causal", "full") else (SQUARE,):
         for one in prepare:
             # FlexAttention has no backward on a CPU
             right(one(drawn(form, shape)), drawn(form, shape), backward=one is not flex)
+
+
+def test_the_fourth_release_alone_is_not_the_second(tmp_path: Path, monkeypatch: Any) -> None:
+    cute = tmp_path / "flash_attn" / "cute"
+    cute.mkdir(parents=True)
+    (cute / "__init__.py").write_text("def flash_attn_func(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        absent = {peer.name: peer.absent for peer in of_attention.peers("cuda")}
+    finally:
+        for name in ("flash_attn", "flash_attn.cute"):
+            sys.modules.pop(name, None)
+    assert absent["flash_attn 4"] is None
+    assert "import flash_attn.flash_attn_interface raised" in str(absent["flash_attn 2"])
+    assert absent["flash_attn 3"] == "package flash_attn_interface is not installed"
 
 
 def test_packed_documents_by_torchs_own() -> None:
@@ -132,8 +162,13 @@ def test_what_would_not_fit_is_left_out() -> None:
 def test_each_shape_is_timed_in_forms_of_its_own() -> None:
     timed = {s.name: [v.name for v in SUBJECT.variants_of(s)] for s in SUBJECT.gpu}
     assert timed["llama_8b_decode_32k"] == ["causal forward"]
-    assert timed["llama_8b_prefill_32k"] == ["causal forward", "causal forward+backward"]
+    directions = ["forward", "forward+backward", "backward"]
+    assert timed["llama_8b_prefill_32k"] == [f"causal {one}" for one in directions]
     assert "full forward+backward" in timed["heads_of_128"]
+    groups = {(s.H // s.K, s.T == 1) for s in SUBJECT.gpu if "_groups_of_" in s.name}
+    assert groups == {(group, decode) for group in (1, 2, 8, 32) for decode in (True, False)}
+    on_cpu = {v.form for s in SUBJECT.cpu for v in SUBJECT.variants_of(s)}
+    assert on_cpu == {*FORMS}
     assert {form for names in timed.values() for form in (n.split()[0] for n in names)} == {*FORMS}
 
 

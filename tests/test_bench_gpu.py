@@ -18,6 +18,7 @@ from bench.cases import Cell, draw
 from bench.contenders import Contender, contenders
 from bench.lanes import Lane, Unit
 from bench.measure import measure, row_keys
+from bench.models import MODELS, shape_of
 from bench.record import SCHEMA
 from bench.subject import OPS, subject
 from swathe.kernels.norm import eager
@@ -54,7 +55,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stream = type("Stream", (), {"wait_stream": lambda self, other: None})
     fakes = {
         "CUDAGraph": graph, "Stream": stream, "Event": FakeEvent, "current_stream": stream,
-        "graph": lambda graph: nullcontext(), "stream": lambda stream: nullcontext(),
+        "graph": lambda graph, stream=None: nullcontext(), "stream": lambda stream: nullcontext(),
         "max_memory_allocated": lambda: 3 << 20, "memory_allocated": lambda: 1 << 20,
         "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
         "_sleep": lambda cycles: None,
@@ -102,6 +103,7 @@ def test_dry_run_walks_the_whole_plan(
     op: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--out", str(tmp_path), "--dry-run", "--commit", "abc123", "--ops", op]
+    given += ["--parts", "parity,bench,host"]
     status = gpu.main(given)
     printed = capsys.readouterr().out
     results, of = report.read(tmp_path / f"{op}.json"), subject(op)
@@ -126,6 +128,33 @@ def test_dry_run_walks_the_whole_plan(
     assert printed.startswith("DRY RUN") and "worst cell: " in printed
     assert report.main([str(tmp_path / f"{op}.json")]) == 0
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_dry_run_of_whole_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--out", str(tmp_path), "--dry-run", "--commit", "abc123", "--parts", "models"]
+    assert gpu.main(given) == 0
+    printed = capsys.readouterr().out
+    for task in ("decoding", "training"):
+        results = report.read(tmp_path / f"{task}.json")
+        rows = {row["contender"]: row for row in results["rows"]}
+        assert {"eager", "sdpa", "patch", "own"} <= {n for n in rows if "error" not in rows[n]}
+        assert results["skipped"] == [] and f"{task}: llama_1b" in printed
+    assert not list(tmp_path.glob("rms_norm*"))
+
+
+def test_whole_models_end_with_the_budget(tmp_path: Path) -> None:
+    assert gpu.whole_models(tmp_path, True, time.monotonic() - 1, "abc123")
+    results = report.read(tmp_path / "training.json")
+    assert results["rows"] == [] and results["skipped"] == ["llama_1b"]
+
+
+def test_plan_of_whole_models_is_of_known_ones() -> None:
+    units = plan.whole_models(dry=False)
+    assert [u["task"] for u in units[:2]] == ["decoding", "training"]
+    assert {u["model"] for u in units} == {*MODELS} and len(units) == 2 * len(MODELS)
+    assert all(shape_of(u["model"])["max_position_embeddings"] >= u["length"] for u in units)
 
 
 def test_without_a_gpu_it_says_so(

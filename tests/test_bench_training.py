@@ -1,4 +1,4 @@
-"""The training benchmark: contenders train alike, failures are rows, bad options are refused."""
+"""The training benchmark: contenders train alike, figures, refused options."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import training
+from bench import report, training
+from bench.models import shape_of, training_flops
+
+FACTS = {"shape": shape_of("llama_1b", tiny=True), "batch": 2, "length": 50}
 
 
 @pytest.mark.slow
@@ -19,32 +22,31 @@ def test_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["dry_run"] and found["device"]["kind"] == "cpu"
     first, *others = found["rows"]
     for row in others:
-        assert row["tokens_per_s"] > 0
+        assert row["tokens_per_s"] > 0 and row["peak_mib"] > 50 and row["first_s"] > 0
         assert row["losses"] == pytest.approx(first["losses"], abs=0.02)
     assert first["losses"][0] != first["losses"][2]
     text = capsys.readouterr().out
     assert "of sdpa's" in text and "1.00" in text
+    assert report.main([str(tmp_path / "training.json")]) == 0
+    assert capsys.readouterr().out == text
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "training.json"), "--markdown"])
+    assert "whose table is text" in capsys.readouterr().err
 
 
-def test_a_contender_that_fails_is_a_row() -> None:
-    answer = training._in_a_process({"contender": "sdpa"})
-    assert "KeyError" in answer["error"]
-    row = training._row("patch", [answer], 16)
-    assert row == {"contender": "patch", "error": answer["error"]}
-    assert "failed" in training.table([row])
-
-
-def test_rows_and_table() -> None:
+def test_figures() -> None:
     answers = [
-        {"losses": [4.0, 3.5], "seconds": [0.5, 1.0, 0.25], "peak_bytes": 2**21},
-        {"losses": [4.0, 3.5], "seconds": [0.5], "peak_bytes": 2**20},
+        {"seconds": [0.5, 1.0, 0.25], "peak_bytes": 2**21},
+        {"seconds": [0.5], "peak_bytes": 2**20},
     ]
-    row = training._row("sdpa", answers, 100)
+    built = {"first_s": 7.0, "loss": 4.0, "losses": [4.0, 3.5, 3.0]}
+    row = training.figures(FACTS, built, answers, {"product_tflops": 1e-6})
     assert (row["tokens_per_s"], row["slowest"], row["fastest"]) == (200.0, 100.0, 400.0)
-    assert row["peak_mib"] == 2.0
-    faster = {**row, "contender": "patch", "tokens_per_s": 300.0}
-    line = training.table([row, faster]).splitlines()[-1].split()
-    assert line[:3] == ["patch", "300", "1.50"]
+    assert row["rounds"] == [200.0, 200.0]
+    assert row["peak_mib"] == 2.0 and row["first_s"] == 7.0
+    assert row["flops"] == training_flops(FACTS["shape"], 2, 50)
+    assert row["of_product"] == pytest.approx(row["flops"] / 0.5 / 1e6, rel=1e-2)
+    assert training.cells(row)[1:] == ["7.0", "2", "4.000 3.500 3.000"]
 
 
 @pytest.mark.parametrize(
@@ -53,11 +55,22 @@ def test_rows_and_table() -> None:
         (["--dry-run"], "--out DIR is needed"),
         (["--dry-run", "--out", "x", "--only", "ligre"], r"--only: ['ligre'] unknown"),
         (["--dry-run", "--out", "x", "--length", "1"], "--length 2 or more"),
-        (["--dry-run", "--out", "x", "--model", "y"], "invalid choice"),
+        (["--dry-run", "--out", "x", "--models", "y"], "--models: ['y'] unknown; allowed: ['smol"),
+        (["--dry-run", "--out", "x", "--steps", "0"], "--steps 0: give one or more"),
+        (["--dry-run", "--out", "x", "--device", "cuda"], "a dry run is on the CPU"),
     ],
 )
 def test_refused_options(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        training.parse(given)
+        training.main(given)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_without_a_gpu_a_cpu_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        training.main(["--out", "x"])
+    assert "no GPU here; --device cpu measures a CPU" in capsys.readouterr().err

@@ -21,15 +21,20 @@ def read_gbps(device: str) -> float:
 
     Medians of ROUNDS, in turn.
     """
-    matrix = torch.randn(BYTES // 4 // 4096, 4096, device=device)
-    vector = torch.randn(4096, device=device)
-    ways: list[Callable[[], Tensor]] = [matrix.sum, matrix.max, lambda: matrix @ vector]
-    seconds: list[list[float]] = [[] for _ in ways]
+    each = reading(device, BYTES)
+    seconds: list[list[float]] = [[] for _ in each]
     for _ in range(ROUNDS + 1):
-        for way, taken in zip(ways, seconds, strict=True):
+        for way, taken in zip(each, seconds, strict=True):
             taken.append(_seconds(way, device))
     # the first round warms up
     return BYTES / min(statistics.median(taken[1:]) for taken in seconds) / 1e9
+
+
+def reading(device: str, size: int) -> list[Callable[[], Tensor]]:
+    """Ways to read `size` bytes once."""
+    matrix = torch.randn(size // 4 // 4096, 4096, device=device)
+    vector = torch.randn(4096, device=device)
+    return [matrix.sum, matrix.max, lambda: matrix @ vector]
 
 
 def _seconds(way: Callable[[], Tensor], device: str) -> float:

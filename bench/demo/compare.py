@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.demo.bandwidth import read_gbps
+from bench.remote import Remote, RemoteFailed
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
 PREFILL = 512  # tokens
 ENOUGH_S = 20.0  # no further round after this, on a machine that is slow or busy
@@ -85,55 +80,23 @@ class Figures:
         return asdict(self)
 
 
-class ContenderFailed(RuntimeError):
+class ContenderFailed(RemoteFailed):
     """A contender's process ended before it answered; its own message is on stderr."""
 
 
-class Remote:
-    """A contender's process: `remote.ask("load", dtype="bfloat16")`."""
+class Contestant(Remote):
+    """A contender's process; raises ContenderFailed where it fails."""
 
     def __init__(self, library: str, attention: str, directory: Path, device: str) -> None:
-        self.name = f"{library} ({attention})"
-        command = [sys.executable, "-m", "bench.demo.contender", library, attention]
-        # a GPU's kernels are compiled here, whatever the caller's shell says
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        self.process = subprocess.Popen(
-            [*command, str(directory), device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
+        arguments = (library, attention, str(directory), device)
+        super().__init__(f"{library} ({attention})", "bench.demo.contender", *arguments)
 
-    def start(self, do: str, **arguments: Any) -> None:
-        """Send a request without waiting for the answer."""
-        assert self.process.stdin is not None
-        # a process that has ended is reported by `answer`
-        with suppress(BrokenPipeError):
-            print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
-
-    def answer(self) -> dict[str, Any]:
-        """The answer to the oldest request. Raises ContenderFailed if there will be none."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise ContenderFailed(
-                f"{self.name} ended with status {self.process.wait()}; its message is above. "
-                "--no-compare leaves the comparison out"
-            )
-        return json.loads(line)
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Send a request and wait for its answer."""
-        self.start(do, **arguments)
-        return self.answer()
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.kill()
-        with suppress(BrokenPipeError):
-            self.process.communicate()
+    def answer(self, limit_s: float | None = None) -> dict[str, Any]:
+        """As a Remote's, and what helps."""
+        try:
+            return super().answer(limit_s)
+        except RemoteFailed as failed:
+            raise ContenderFailed(f"{failed}. --no-compare leaves the comparison out") from None
 
 
 class Comparison:
@@ -144,7 +107,7 @@ class Comparison:
     ) -> None:
         self.dtype, self.device = dtype, device
         self.figures = [Figures(*contender) for contender in contenders]
-        self.remotes = [Remote(*contender, directory, device) for contender in contenders]
+        self.remotes = [Contestant(*contender, directory, device) for contender in contenders]
         for remote in self.remotes:
             remote.start("warm_up")
 

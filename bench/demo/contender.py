@@ -1,23 +1,18 @@
-"""One model in a process of its own, answering requests: JSON lines on stdin and stdout.
-
-A process each, so that the peak memory belongs to one library. It waits while others are asked, so
-that rounds can be interleaved.
-"""
+"""One model of one library, and what is asked of it, in a process of its own (bench.remote)."""
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.demo.bandwidth import bytes_a_token
+from bench.remote import serve_here
 
 
 class Stopwatch:
@@ -136,16 +131,5 @@ def resident_bytes(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def serve(contender: Contender, requests: TextIO, replies: TextIO) -> None:
-    """Answer requests {"do": method, ...arguments} until there are no more."""
-    for line in requests:
-        request = json.loads(line)
-        answer = getattr(contender, request.pop("do"))(**request)
-        print(json.dumps(answer), file=replies, flush=True)
-
-
 if __name__ == "__main__":
-    # what a library prints must not land between the answers
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    serve(Contender(*sys.argv[1:]), sys.stdin, answers)
+    serve_here(Contender(*sys.argv[1:]))

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from bench import attention_checks, long_attention
-from bench.contenders import PEER_ERRORS, library
+from bench.contenders import PEER_ERRORS, library, separately
 from bench.huge import ends_differ
 from bench.long_attention import whole
 from bench.subject import Function, Peer, Subject, Variant, each_once
@@ -34,9 +34,9 @@ from swathe.kernels.core.registry import Choice
 FORMS = ("causal", "full", "window", "packed")
 WINDOW = 1024
 TIMED = {
-    "full": ("heads_of_128", "heads_of_64", "gemma_2_9b_train"),
-    "window": ("llama_8b_prefill_8k", "gemma_2_9b_train"),
-    "packed": ("llama_8b_train", "llama_1b_train"),
+    "full": ("heads_of_128", "heads_of_64", "gemma_2_9b_train", "prefill_2048_of_64_by_3"),
+    "window": ("llama_8b_prefill_8k", "gemma_2_9b_train", "prefill_2048_of_64_by_3"),
+    "packed": ("llama_8b_train", "llama_1b_train", "prefill_2048_of_64_by_3"),
 }
 # each has tiles of its own
 HEADS = ((64, 64), (128, 128), (256, 256), (192, 128), (80, 80), (96, 96))
@@ -58,6 +58,18 @@ LARGE = (
     Shape("large_80", 2, 4, 4, 1024, 1024, 80, 80),
     Shape("large_128", 2, 8, 2, 1024, 1024, 128, 128),
 )
+# query heads by key head, in training and in decode
+GROUPS = tuple(
+    Shape(f"{what}_groups_of_{group}", B, 32, 32 // group, T, S, 128, 128)
+    for what, B, T, S in (("train", 2, 4096, 4096), ("decode", 8, 1, 8192))
+    for group in (1, 2, 8, 32)
+)
+# where each release is imported from; the fourth lies in a package that may have nothing else
+FLASH = {
+    "flash_attn 2": "flash_attn.flash_attn_interface",
+    "flash_attn 3": "flash_attn_interface",
+    "flash_attn 4": "flash_attn.cute",
+}
 SCORES = 24 << 30  # bytes that a peer may spend on scores
 SCORES_ON_CPU = 512 << 20  # more would take minutes
 
@@ -178,9 +190,7 @@ def flex(problem: Problem) -> Function:
         block = create_block_mask(seen_in_document, None, None, T, S, device=q.device)
     elif options["causal"] and T > 1:
         block = create_block_mask(seen, None, None, T, S, device=q.device)
-    # fresh for every cell: after a few shapes it would go on uncompiled
-    torch._dynamo.reset()
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    compiled: Any = torch.compile(separately(flex_attention), dynamic=False)
     given = {"block_mask": block, "enable_gqa": q.shape[1] != k.shape[1]}
 
     def call(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
@@ -190,14 +200,16 @@ def flex(problem: Problem) -> Function:
 
 
 def flash(name: str, module: ModuleType, problem: Problem) -> Function:
-    """Dao's flash-attention: its kernel for caches where keys are more, else the plain one."""
+    """Dao's flash-attention: its kernel for caches, if any, where keys are more; else the plain."""
     q, k, _ = problem.inputs.values()
     options, given = problem.options, {"causal": problem.options["causal"]}
     if "window" in options:
         given["window_size"] = (options["window"] - 1, 0)
     borders = options.get("cu_seqlens")
     cached = q.shape[2] < k.shape[2]
-    function = module.flash_attn_with_kvcache if cached else module.flash_attn_func
+    function = module.flash_attn_func
+    if cached:
+        function = getattr(module, "flash_attn_with_kvcache", function)
     if borders is not None:
         longest = int(borders.diff().max())
         function = partial(
@@ -247,8 +259,7 @@ def peers(device: str) -> list[Peer]:
         *(Peer(name, partial(sdpa, name, backend)) for name, backend in pinned.items()),
         Peer("flex", flex),
         library("varlen", "torch.nn.attention.varlen", varlen),
-        library("flash_attn 2", "flash_attn", partial(flash, "flash_attn 2")),
-        library("flash_attn 3", "flash_attn_interface", partial(flash, "flash_attn 3")),
+        *(library(name, module, partial(flash, name)) for name, module in FLASH.items()),
     ]
 
 
@@ -291,7 +302,7 @@ SUBJECT = Subject(
     partial(attend, implementation="eager"),
     peers,
     choose,
-    gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:]),
+    gpu=(*GPU[:3], *MODELS[3:5], *GPU[3:], *MODELS[:3], *MODELS[5:], *GROUPS),
     cpu=CPU,
     tiny=TINY,
     probes=PROBES,
@@ -301,6 +312,7 @@ SUBJECT = Subject(
     forms=FORMS,
     timed=timed,
     left_out=left_out,
+    quick=("prefill_512_of_64_by_3", "prefill_128_of_128_by_8", "decode_4k_of_128_by_8"),
     second_look=("llama_1b",),
     host=("llama_8b_decode_4k", "llama_1b"),
     checked={"tile": Shape("tile", 2, 8, 2, 350, 350, 128, 128)},

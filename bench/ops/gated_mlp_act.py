@@ -98,6 +98,7 @@ SUBJECT = Subject(
     probed=lambda s: "odd" if s.N % 8 else "tile",
     traffic=each_once,
     forms=tuple(FORMS),
+    quick=("16x2048", "1x2048", "2048x576"),
     second_look=("llama_8b_train", "llama_8b_decode"),
     host=("llama_8b_decode",),
     checked={"tile": Shape("tile", 300, 14_336), "odd": Shape("odd_checked", 70, 2881)},

@@ -23,6 +23,8 @@ PROBES = {
     "wide": Shape("probe_wide", 3, 33_001),
 }
 
+GIGABYTE = Shape("gigabyte", 131_072, 4096)  # in bf16
+
 
 def draw(shape: Shape, dtype: torch.dtype, form: str, device: str, seed: int) -> Problem:
     """Weight and bias; `form` "add" brings a residual."""
@@ -115,13 +117,15 @@ SUBJECT = Subject(
     hf_eager,
     peers,
     choose,
-    gpu=(*GPU, *MODELS),
+    gpu=(*GPU, *MODELS, GIGABYTE),
+    large=(*GPU, *MODELS),
     cpu=grid(Shape),
     tiny=(Shape("tiny", 3, 64), Shape("tiny_odd", 5, 37)),
     probes=PROBES,
     probed=lambda s: "rows" if s.N <= 8192 else "wide backward" if s.N <= 16_384 else "wide",
     traffic=traffic,
     forms=("", "add"),
+    quick=("16x2048", "1x2048", "2048x576"),
     second_look=("opt_6_7b_train", "bert_base_train", "opt_6_7b_decode"),
     host=("opt_6_7b_decode", "gpt2_decode"),
     checked={"tile": Shape("tile", 300, 4096), "wide": Shape("wide_checked", 70, 40_000)},

@@ -117,6 +117,7 @@ SUBJECT = Subject(
     probed=lambda s: "whole" if s.D == s.R else "tail",
     traffic=each_once,
     forms=("", "gemma"),
+    quick=("16x2048", "1x2048", "2048x576"),
     second_look=("qwen3_8b_train", "qwen3_8b_decode"),
     host=("qwen3_8b_decode",),
     checked={"tile": Shape("tile", 2, 700, 32, 8, 128, 128)},

@@ -28,6 +28,8 @@ PROBES = {
 }
 HUGE = (2**19 + 9, 4096)  # 2^31 elements and nine rows
 
+GIGABYTE = Shape("gigabyte", 131_072, 4096)  # in bf16
+
 
 def draw(shape: Shape, dtype: torch.dtype, form: str, device: str, seed: int) -> Problem:
     """HF's casting; `form` "add" brings a residual."""
@@ -126,13 +128,15 @@ SUBJECT = Subject(
     hf_eager,
     peers,
     choose,
-    gpu=(*sorted(GPU, key=lambda s: "train" not in s.name), *MODELS),
+    gpu=(*sorted(GPU, key=lambda s: "train" not in s.name), *MODELS, GIGABYTE),
+    large=(*GPU, *MODELS),
     cpu=CPU,
     tiny=(Shape("tiny", 3, 64), Shape("tiny_odd", 5, 37)),
     probes=PROBES,
     probed=lambda s: "rows" if s.N <= 8192 else "wide backward" if s.N <= 16_384 else "wide",
     traffic=traffic,
     forms=("", "add"),
+    quick=("llama_1b_batch", "llama_1b_decode", "smollm2_135m"),
     second_look=(
         *("llama_8b_train", "llama_1b_train", "llama_8b", "llama_8b_batch", "llama_8b_decode"),
     ),

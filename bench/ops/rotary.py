@@ -22,6 +22,8 @@ PROBES = {
     "tail": Shape("probe_tail", 1, 3, 4, 2, 80, 32),
 }
 
+GIGABYTE = Shape("gigabyte", 16, 8192, 32, 8, 128, 128)  # in bf16
+
 
 def draw(shape: Shape, dtype: torch.dtype, form: str, device: str, seed: int) -> Problem:
     """HF's casting; equal angles for both members of a pair, which peers take for granted."""
@@ -94,13 +96,15 @@ SUBJECT = Subject(
     hf_eager,
     peers,
     choose,
-    gpu=(*GPU, *MODELS),
+    gpu=(*GPU, *MODELS, GIGABYTE),
+    large=(*GPU, *MODELS),
     cpu=head_grid(Shape),
     tiny=(Shape("tiny", 2, 3, 3, 1, 16, 16), Shape("tiny_tail", 1, 5, 2, 1, 14, 6)),
     probes=PROBES,
     probed=lambda s: "whole" if s.D == s.R else "tail",
     traffic=traffic,
     forms=("", "interleaved"),
+    quick=("16x2048", "1x2048", "2048x576"),
     second_look=("llama_8b_train", "llama_8b_decode"),
     host=("llama_8b_decode", "smollm2_135m_decode"),
     checked={"tile": Shape("tile", 2, 700, 32, 8, 128, 128)},
