@@ -50,9 +50,8 @@ class Product:
         self.accesses: list[Access] = []
         for operand in (a, b):
             if isinstance(operand, Shared):
+                self.accesses.append(operand.begin("product", writes=False, generic=False))
                 operand.values("a product")
-                access = operand.begin("product", writes=False, generic=False)
-                self.accesses.append(access)
 
     def finish(self) -> None:
         """Compute, now that the partition waits for it."""
