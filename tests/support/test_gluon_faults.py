@@ -102,6 +102,12 @@ MATMUL = {
         "slot), count=1",
         "race",
     ),
+    "a partition writes what its product reads": (
+        ONE,
+        "        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])\n"
+        "        ring.a.index(slot).store(gl.zeros([ROWS, 64], ring.a.dtype, LAYOUT))\n" + ONE,
+        "race.*product.*in flight",
+    ),
     "too few bytes are expected": (BYTES, BYTES.replace(" + ", " + 0 * "), "bytes"),
     "no byte of the second copy is expected": (
         BYTES,
@@ -113,7 +119,7 @@ MATMUL = {
         BYTES.replace("box_bytes(a_at)", "20000"),
         "deadlock.*bytes",
     ),
-    "no bytes are expected": (BYTES, "mbarrier.arrive(full, count=1)", "bytes|race"),
+    "no bytes are expected": (BYTES, "mbarrier.arrive(full, count=1)", "bytes|race|never"),
     "a stage waits for two readers of which there is one": (
         EMPTY,
         EMPTY.replace("=1", "=2"),
