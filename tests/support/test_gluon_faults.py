@@ -217,6 +217,9 @@ ATTEND = {
         "",
         "race|never written",
     ),
+    "a worker has three warps": ("[4, 1],\n        [240", "[4, 3],\n        [240", "powers of two"),
+    "a worker has no registers": ("[240, 24]", "[240]", "2 workers"),
+    "a tile that is not there": ("x.index(i).permute", "x.index(i + 1).permute", "index 2 of|race"),
     "too many registers": ("[240, 24]", "[260, 24]", "registers"),
 }
 
@@ -230,6 +233,11 @@ SUM_TILES = {
         "        fence_async_shared()\n        partition_barrier()\n        tma_add",
         "        tma_add",
         "missing fence",
+    ),
+    "a partition allocates": (
+        "    done = 0\n    mbarrier.wait(full, 0)",
+        "    done, own = 0, mbarriers(1)\n    mbarrier.wait(full, 0)",
+        "before partitions start",
     ),
     "the board is read before it is written": (
         "    mbarrier.wait(full, 0)\n    turn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from support.gluon import EmulationError, emulated, launch, schedule
 from support.gluon.twins import twin
 from support.mutants import Mutant, planted
 from support.test_gluon_faults import attend, described, matmul, scale_rows
-from swathe.kernels.core.gluon import gl, jit
+from swathe.kernels.core.gluon import gl, jit, mbarrier, mbarriers
 from swathe.kernels.core.launch import Launcher
 
 
@@ -72,6 +73,57 @@ def test_a_loop_without_an_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 def _number(out_ptr, SAME: gl.constexpr):
     n = gl.program_id(0) + gl.num_programs(0) * gl.program_id(1)
     gl.store(out_ptr + (0 if SAME else n), n)
+
+
+@jit
+def _arrive(bar):
+    mbarrier.arrive(bar, count=1)
+
+
+@jit
+def _initialise(bar):
+    mbarrier.init(bar, count=1)
+
+
+@jit
+def _split(INSIDE: gl.constexpr, NESTED: gl.constexpr):
+    bar = mbarriers(1).index(0)
+    if not INSIDE:
+        mbarrier.init(bar, count=1)
+    if NESTED:
+        gl.warp_specialize([(_split, (False, False)), (_arrive, (bar,))], [1], [24])
+    elif INSIDE:
+        gl.warp_specialize([(_initialise, (bar,)), (_arrive, (bar,))], [1], [24])
+    else:
+        gl.warp_specialize([(_arrive, (bar,)), (_arrive, (bar,))], [1], [24])
+
+
+def test_mbarriers_are_initialised_before_partitions_start() -> None:
+    launch(_split, (1,), (False, False))
+    for seed in range(6):
+        with pytest.raises(EmulationError, match=r"never initialised|nothing to order that after"):
+            launch(_split, (1,), (True, False), seed=seed)
+        with pytest.raises(EmulationError, match="before partitions start"):
+            launch(_split, (1,), (False, True), seed=seed)
+
+
+BORROWED = """
+from swathe.kernels.core import gluon
+
+@gluon.jit
+def count(out_ptr):
+    gluon.gl.store(out_ptr, gluon.gl.num_programs(0))
+"""
+
+
+def test_the_vocabulary_may_have_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "borrowed_gluon.py").write_text(BORROWED)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = torch.zeros(1, dtype=torch.int32)
+    launch(import_module("borrowed_gluon").count, (1,), (out,))
+    assert out.item() == 1
 
 
 def test_every_program_of_a_grid_runs_once() -> None:

@@ -59,6 +59,7 @@ class Product:
         data = _product(_values(self.a), _values(self.b))
         if self.use_acc:
             before = self.acc.ready if isinstance(self.acc, Accumulator) else self.acc
+            assert before is not None  # products end in the order in which they began
             data = data + before.data
         self.out.ready = Tensor(data, self.out.dtype, self.out.layout)
         for access in self.accesses:
@@ -138,9 +139,9 @@ def _check(a: Any, b: Any, acc: Any) -> None:
         raise fault(f"a product of {a.shape} and {b.shape}: of 64 rows, 8 columns, {step} inner")
     if acc.layout is not None:
         _check_layout(acc.layout, rows, columns, task.warps)
-    if isinstance(a, Tensor) and a.layout is not None:
+    if isinstance(a, Tensor) and a.layout is not None and acc.layout is not None:
         wanted = real.DotOperandLayout(operand_index=0, parent=acc.layout, k_width=step // 8)
-        if acc.layout is not None and a.layout != wanted:
+        if a.layout != wanted:
             raise fault(f"a product's left operand in registers of {a.layout}, not {wanted}")
 
 
@@ -152,3 +153,5 @@ def _check_layout(layout: Any, rows: int, columns: int, warps: int) -> None:
         raise fault(f"an accumulator of {columns} columns in instructions of {width}")
     if int(np.prod(layout.warps_per_cta)) != warps:
         raise fault(f"an accumulator of {layout.warps_per_cta} warps in a partition of {warps}")
+    if rows % (16 * layout.warps_per_cta[0]):
+        raise fault(f"an accumulator of {rows} rows for {layout.warps_per_cta} warps, 16 each")
