@@ -35,7 +35,8 @@ def matmul(kernels: ModuleType, seed: int, late: bool = True) -> None:
 def attend(kernels: ModuleType, seed: int, late: bool = True) -> None:
     torch.manual_seed(0)
     x, out = torch.randn(128, 64).half(), torch.empty(128, 64).half()
-    launch(kernels.attend, (1,), (described(x, 64, 64), described(out, 64, 64), True), seed=seed)
+    boxes = described(x, 64, 64), described(out, 64, 64)
+    launch(kernels.attend, (1,), (*boxes, True), seed=seed, late=late)
     weights = (x.float() @ x.float().T / 8).exp2().half()
     torch.testing.assert_close(out, (weights.float() @ x.float()).half(), rtol=2**-9, atol=2e-3)
 
