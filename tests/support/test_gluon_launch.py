@@ -171,6 +171,7 @@ def test_stats_count_what_a_launch_does() -> None:
     x, out = torch.randn(128, 64).half(), torch.empty(128, 64).half()
     stats = launch(specimens.attend, (1,), (described(x, 64, 64), described(out, 64, 64), False))
     assert stats.loads == 2 and stats.loaded_bytes == 128 * 64 * 2 == stats.stored_bytes
+    assert stats.moved == {"x_at": 128 * 64 * 2, "out_at": 128 * 64 * 2}
     assert stats.products == 8 and stats.product_flops == 2 * 2 * 128 * 128 * 64
     assert stats.transcendentals == 128 * 128
     assert stats.shared_bytes == 2 * 2 * 64 * 64 * 2 + 16
