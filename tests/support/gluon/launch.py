@@ -23,6 +23,7 @@ from support.gluon.twins import Jitted, twin
 from swathe.kernels.core.gluon import TensorDescriptor
 from swathe.kernels.core.launch import Launcher
 
+SHARED_BYTES = 232_448  # what one program may have on sm_90
 _RESIDENT = 3  # programs that run side by side at most
 
 
@@ -73,6 +74,14 @@ class Program:
         self.loads: list[Any] = []
         self.shared_bytes = 0
         self.partitioned = False
+
+    def claim(self, size: int, alignment: int) -> None:
+        """Take so many bytes of shared memory."""
+        if self.partitioned:
+            raise fault("shared memory and mbarriers are allocated before partitions start")
+        self.shared_bytes = -(-self.shared_bytes // alignment) * alignment + size
+        if self.shared_bytes > SHARED_BYTES:
+            raise fault(f"{self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 
     def run(self, kernel: Jitted, args: Sequence[Any]) -> None:
         """Run the whole program, in its main partition."""

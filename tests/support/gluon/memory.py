@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from support.gluon.barriers import Barriers
 from support.gluon.races import Access, Log, Region, region_of
 from support.gluon.schedule import fault, here, name_here
 from support.gluon.tensors import (
@@ -25,7 +26,6 @@ from support.gluon.tensors import (
     to_stored,
 )
 
-SHARED_BYTES = 232_448  # what one program may have on sm_90
 _ALIGNMENT = 128
 
 
@@ -187,29 +187,16 @@ def allocate_shared_memory(
     """Fresh shared memory, or mbarriers where the layout is theirs."""
     sizes = [constant(n, "a shape") for n in shape]
     if type(layout).__name__ == "MBarrierLayout":
-        from support.gluon.barriers import Barriers
-
         return Barriers(sizes[0])
     inner = sizes[1:] or sizes  # of stages there may be any number
     if any(n < 1 for n in sizes) or any(n & (n - 1) for n in inner):
         raise fault(f"shared memory of shape {sizes}: all but the first are powers of two")
     size = prod(sizes) * np.dtype(stored_as(element_ty)).itemsize
-    claim(size, _ALIGNMENT)
+    here().program.claim(size, _ALIGNMENT)
     view = _of_bytes(Buffer(size), 0, element_ty, sizes, layout)
     if value is not None:
         view.store(value)
     return view
-
-
-def claim(size: int, alignment: int) -> None:
-    """Take so many bytes of the program's shared memory."""
-    task = here()
-    if task.program.partitioned:
-        raise fault("shared memory is allocated before partitions start")
-    program = task.program
-    program.shared_bytes = -(-program.shared_bytes // alignment) * alignment + size
-    if program.shared_bytes > SHARED_BYTES:
-        raise fault(f"{program.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 
 
 def fence_async_shared(cluster: bool = False) -> None:
