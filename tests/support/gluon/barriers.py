@@ -11,7 +11,6 @@ from typing import Any
 
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier as real
 
-from support.gluon.memory import claim
 from support.gluon.schedule import Clock, Task, fault, here, join, name_here
 from support.gluon.tensors import constant, number
 
@@ -102,7 +101,7 @@ class Barriers:
 
     def __init__(self, count: int, bars: list[Mbarrier] | None = None) -> None:
         if bars is None:
-            claim(8 * count, 8)
+            here().program.claim(8 * count, 8)
             name = name_here("mbarriers")
             bars = [Mbarrier(f"{name}[{i}]" if count > 1 else name) for i in range(count)]
         self.bars = bars

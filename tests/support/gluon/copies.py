@@ -24,7 +24,8 @@ _LONGEST_BOX = 256
 class Descriptor:
     """A tensor and the box that one copy moves, as kernels hold them."""
 
-    def __init__(self, host: Any, storage: Storage) -> None:
+    def __init__(self, name: str, host: Any, storage: Storage) -> None:
+        self.name = name
         self.dtype = dtype_of(host.base)
         self.layout, self.padding = host.layout, host.padding
         self.block_shape = [int(n) for n in host.block_shape]
@@ -88,9 +89,9 @@ def tma_load(
     task.program.loads.append(access)
     past = dict(task.clock)
     memory.poison()
-    memory.mask[...] = True
+    memory.mark()
     bar.copies.append(access)
-    task.program.stats.loaded(descriptor, window)
+    task.program.stats.loaded(descriptor)
 
     def complete() -> None:
         data = np.zeros(memory.array.shape, np.float32)
@@ -135,9 +136,9 @@ def _send(descriptor: Descriptor, coordinates: Any, memory: Shared, adds: bool) 
     task, window = here(), descriptor.window(coordinates)
     outgoing = Outgoing(descriptor, window, memory, adds)
     if window.inside:
-        window.picked.touch_to_write("a copy out", ADDED if adds else STORED)
+        window.picked.touch_to_write("a copy out", ADDED if adds else STORED, meets=adds)
     task.stores.append(outgoing)
-    task.program.stats.stored(descriptor, window)
+    task.program.stats.stored(descriptor)
     task.schedule.later(outgoing.land)
     task.schedule.step()
 

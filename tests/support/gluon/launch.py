@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import product
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from support.gluon.copies import Descriptor
-from support.gluon.global_memory import Pointer, Storage, Window
+from support.gluon.global_memory import Pointer, Storage
 from support.gluon.partitions import run_partition
 from support.gluon.schedule import EmulationError, Schedule, Task, fault, here
 from support.gluon.tensors import tensor
@@ -22,6 +23,7 @@ from support.gluon.twins import Jitted, twin
 from swathe.kernels.core.gluon import TensorDescriptor
 from swathe.kernels.core.launch import Launcher
 
+SHARED_BYTES = 232_448  # what one program may have on sm_90
 _RESIDENT = 3  # programs that run side by side at most
 
 
@@ -38,14 +40,17 @@ class Stats:
     products: int = 0
     product_flops: int = 0
     transcendentals: int = 0
+    moved: Counter[str] = field(default_factory=Counter)  # bytes of copies by parameter
 
-    def loaded(self, descriptor: Descriptor, window: Window) -> None:
+    def loaded(self, descriptor: Descriptor) -> None:
         self.loads += 1
         self.loaded_bytes += descriptor.nbytes
+        self.moved[descriptor.name] += descriptor.nbytes
 
-    def stored(self, descriptor: Descriptor, window: Window) -> None:
+    def stored(self, descriptor: Descriptor) -> None:
         self.stores += 1
         self.stored_bytes += descriptor.nbytes
+        self.moved[descriptor.name] += descriptor.nbytes
 
     def multiplied(self, a: Sequence[int], b: Sequence[int]) -> None:
         self.products += 1
@@ -53,10 +58,10 @@ class Stats:
 
     def add(self, other: Stats) -> None:
         """Count another launch's too."""
-        for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            most = field.name == "shared_bytes"
-            setattr(self, field.name, max(mine, its) if most else mine + its)
+        for one in fields(self):
+            mine, its = getattr(self, one.name), getattr(other, one.name)
+            most = one.name == "shared_bytes"
+            setattr(self, one.name, max(mine, its) if most else mine + its)
 
 
 class Program:
@@ -69,6 +74,14 @@ class Program:
         self.loads: list[Any] = []
         self.shared_bytes = 0
         self.partitioned = False
+
+    def claim(self, size: int, alignment: int) -> None:
+        """Take so many bytes of shared memory."""
+        if self.partitioned:
+            raise fault("shared memory and mbarriers are allocated before partitions start")
+        self.shared_bytes = -(-self.shared_bytes // alignment) * alignment + size
+        if self.shared_bytes > SHARED_BYTES:
+            raise fault(f"{self.shared_bytes} bytes of shared memory; there are {SHARED_BYTES}")
 
     def run(self, kernel: Jitted, args: Sequence[Any]) -> None:
         """Run the whole program, in its main partition."""
@@ -160,7 +173,7 @@ def _arguments(kernel: Jitted, args: Sequence[Any]) -> list[Any]:
             storage.add(value)
             return Pointer(storage, value.storage_offset())
         if isinstance(value, TensorDescriptor):
-            return Descriptor(value, storage_of(value.base))
+            return Descriptor(parameter.name, value, storage_of(value.base))
         return value if value is None else tensor(value)
 
     return [converted(p, v) for p, v in zip(parameters, args, strict=True)]

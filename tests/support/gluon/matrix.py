@@ -15,6 +15,7 @@ from support.numerics import tf32
 
 _WARPGROUP = 4
 _WIDEST = 256
+_ONE_THREAD = 2**18  # rows times columns times inner size
 
 
 class Accumulator:
@@ -50,20 +51,25 @@ class Product:
         self.accesses: list[Access] = []
         for operand in (a, b):
             if isinstance(operand, Shared):
+                self.accesses.append(operand.begin("product", writes=False, generic=False))
                 operand.values("a product")
-                access = operand.begin("product", writes=False, generic=False)
-                self.accesses.append(access)
 
     def finish(self) -> None:
         """Compute, now that the partition waits for it."""
-        x, y = _values(self.a), _values(self.b)
-        data = x @ y
+        data = _product(_values(self.a), _values(self.b))
         if self.use_acc:
             before = self.acc.ready if isinstance(self.acc, Accumulator) else self.acc
+            assert before is not None  # products end in the order in which they began
             data = data + before.data
         self.out.ready = Tensor(data, self.out.dtype, self.out.layout)
         for access in self.accesses:
             access.finish()
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # in pieces that OpenBLAS finds too small for threads, which would spin on cores others want
+    rows = min(len(x), max(1, _ONE_THREAD // y.size))
+    return (x.reshape(-1, rows, x.shape[1]) @ y).reshape(len(x), -1)
 
 
 def _values(operand: Any) -> np.ndarray:
@@ -133,9 +139,9 @@ def _check(a: Any, b: Any, acc: Any) -> None:
         raise fault(f"a product of {a.shape} and {b.shape}: of 64 rows, 8 columns, {step} inner")
     if acc.layout is not None:
         _check_layout(acc.layout, rows, columns, task.warps)
-    if isinstance(a, Tensor) and a.layout is not None:
+    if isinstance(a, Tensor) and a.layout is not None and acc.layout is not None:
         wanted = real.DotOperandLayout(operand_index=0, parent=acc.layout, k_width=step // 8)
-        if acc.layout is not None and a.layout != wanted:
+        if a.layout != wanted:
             raise fault(f"a product's left operand in registers of {a.layout}, not {wanted}")
 
 
@@ -147,3 +153,5 @@ def _check_layout(layout: Any, rows: int, columns: int, warps: int) -> None:
         raise fault(f"an accumulator of {columns} columns in instructions of {width}")
     if int(np.prod(layout.warps_per_cta)) != warps:
         raise fault(f"an accumulator of {layout.warps_per_cta} warps in a partition of {warps}")
+    if rows % (16 * layout.warps_per_cta[0]):
+        raise fault(f"an accumulator of {rows} rows for {layout.warps_per_cta} warps, 16 each")

@@ -54,7 +54,6 @@ class Task:
         self.baton = threading.Lock()
         self.baton.acquire()
         self.weight = 4.0 ** schedule.random.uniform(-1, 1)
-        self.result: Any = None
         self.done = False
 
     def __str__(self) -> str:
@@ -170,8 +169,6 @@ class Schedule:
             thread.join()
         if self.failure is not None:
             raise self.failure
-        while self.events:
-            self._happen()
 
     def step(self) -> None:
         """A point at which another partition, or a copy, may come first."""
@@ -215,7 +212,7 @@ class Schedule:
         np.seterr(all="ignore")  # a thread's own; what overflows is infinite on hardware too
         try:
             if self.failure is None:
-                task.result = function()
+                function()
         except Abandoned:
             pass
         except BaseException as error:  # noqa: BLE001  handed to whoever launched

@@ -278,6 +278,8 @@ def operands(a: Any, b: Any, *, division: bool = False) -> tuple[Any, Any, Any, 
     layout = _layout(a, b)
     x, y = (v.data if isinstance(v, Tensor) else v for v in (a, b))
     if dtype.is_floating():
+        if dtype.primitive_bitwidth < 32:  # which a constant takes before it is used
+            x, y = (v if isinstance(v, np.ndarray) else rounded(float(v), dtype) for v in (x, y))
         return _as_float(x), _as_float(y), dtype, layout
     if dtype is not real.int1:
         return _as_int(x), _as_int(y), dtype, layout

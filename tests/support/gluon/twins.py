@@ -69,16 +69,16 @@ def _is_gluon(name: str) -> bool:
 
 def _importer(uses: dict[str, ModuleType]) -> Callable[..., Any]:
     def take(name: str) -> Any:
+        if name == VOCABULARY:
+            return vocabulary()
         uses[name] = twin(name)
         return uses[name]
 
     def load(
         name: str, scope: Any = None, local: Any = None, names: Any = (), level: int = 0
     ) -> Any:
-        if level == 0 and name == VOCABULARY:
-            return vocabulary()
         if level == 0 and name.startswith("swathe.") and names:
-            if _is_gluon(name):
+            if name == VOCABULARY or _is_gluon(name):
                 return take(name)
             inner = [n for n in names if _submodule(name, n)]
             if inner:
@@ -94,7 +94,7 @@ def _importer(uses: dict[str, ModuleType]) -> Callable[..., Any]:
 def _submodule(package: str, name: str) -> bool:
     full = f"{package}.{name}"
     try:
-        return _is_gluon(full)
+        return full == VOCABULARY or _is_gluon(full)
     except ModuleNotFoundError:
         return False
 
