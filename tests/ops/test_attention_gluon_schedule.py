@@ -70,7 +70,9 @@ def test_every_tile_of_every_head_has_one_turn(tiles: int, heads: int, width: in
     for begin in range(0, heads, width):
         together = order[begin * tiles : (begin + width) * tiles]
         assert {head for _, head in together} == set(range(begin, min(begin + width, heads)))
-        assert [tile for tile, _ in together] == sorted((tile for tile, _ in together), reverse=True)
+        assert [tile for tile, _ in together] == sorted(
+            (tile for tile, _ in together), reverse=True
+        )
 
 
 # causal self-attention of 16k tokens in all, 16 heads of 128
