@@ -39,6 +39,7 @@ from swathe.kernels.attention._gluon_tiles import (
     ring,
     scaled,
     settled,
+    shared,
     slot_of,
     start_of_softmax,
     stretches,
@@ -288,7 +289,7 @@ def _attend(
     gl.store(call.lse + row, lse, rows.index < call.T)
     acc, _ = landed(ahead, p)
     mbarrier.arrive(v.empty.index(slot), count=1)
-    return scaled(acc, share), step
+    return shared(acc, share), step
 
 
 @jit

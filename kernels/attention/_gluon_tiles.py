@@ -336,6 +336,22 @@ def settled(total, peak):
 
 
 @jit
+def shared(acc, share):
+    """Every piece times its rows' share; 0 where that is 0, whatever hidden values were NaN."""
+    pieces = ()
+    for i in gl.static_range(len(acc)):
+        pieces = pieces + (_shared(acc[i], share),)
+    return pieces
+
+
+@jit
+def _shared(piece, share):
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, accumulator(piece.shape[1]))
+    share = gl.expand_dims(gl.convert_layout(share, LAYOUT), 1)
+    return gl.where(share != 0.0, piece * share, 0.0)
+
+
+@jit
 def place(turn, tiles, heads, section):
     """Row tile and head of the batch of a turn: late tiles, which see more, first.
 
