@@ -53,13 +53,13 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> str | None:
     if (made := generation(q.device)) != "hopper":
         return f"the GPU is of the generation {made!r}; allowed: 'hopper'"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        reason = _why_no_copies(name, t)
+        reason = why_no_copies(name, t)
         if reason is not None:
             return reason
     return None
 
 
-def _why_no_copies(name: str, t: Tensor) -> str | None:
+def why_no_copies(name: str, t: Tensor) -> str | None:
     """Why the TMA cannot copy boxes of (batch, heads, rows, features)."""
     step = 16 // t.element_size()
     if not 0 < t.shape[3] <= _WIDEST or t.shape[3] % step:

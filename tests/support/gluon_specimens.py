@@ -225,7 +225,7 @@ def sum_tiles(x_at, sums_at, counter, tiles):
 
 
 @jit
-def transpose_rows(x_at, out_at, HALF: gl.constexpr):
+def swap_halves(x_at, out_at, HALF: gl.constexpr):
     """out = x with its halves of 64 columns swapped, through memory seen as another tensor's."""
     BLOCK: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     x = gl.allocate_shared_memory(x_at.dtype, [1, 1, ROWS, 2 * HALF], x_at.layout)

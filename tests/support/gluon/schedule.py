@@ -24,6 +24,7 @@ from support.numerics import SanitizerError
 
 _HERE = str(Path(__file__).parent) + os.sep
 _local = threading.local()
+MOST_STEPS = 400_000  # of one launch; more than that is a loop without an end
 Clock = dict[int, int]  # how much of each actor's past is settled: actor -> its time
 
 
@@ -128,7 +129,7 @@ class Schedule:
         self.failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
         self._main = threading.Lock()
-        self._actors = 0
+        self._actors = self._steps = 0
 
     def actor(self) -> int:
         """A number for something whose times clocks tell."""
@@ -174,6 +175,9 @@ class Schedule:
 
     def step(self) -> None:
         """A point at which another partition, or a copy, may come first."""
+        self._steps += 1
+        if self._steps > MOST_STEPS:
+            raise fault(f"no end after {MOST_STEPS} steps")
         if self.random.random() >= self.calm:
             self._pass_on(here())
 
