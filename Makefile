@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check sanitize bench wheel clean
+.PHONY: demo test check sanitize bench docs wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m bench.demo
@@ -27,6 +27,11 @@ sanitize: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench
+
+# README's tables and pictures, from the results in bench/results
+docs: $(VENV)/.test
+	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench.plot --formats svg
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --outdir dist

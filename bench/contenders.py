@@ -7,7 +7,7 @@ differentiate. All work on the same tensors with the same options.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,6 +34,9 @@ PEER_ERRORS = (
     NotImplementedError,
 )
 
+# our backends by device: the one that the comparison is about, and others beside it
+OURS = {"cuda": ("triton", "gluon"), "cpu": ("cpp",)}
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -53,9 +56,11 @@ def contenders(of: Subject, device: str, *, compiled: bool = True) -> list[Conte
 
     `compiled=False` leaves torch.compile out, as a dry run does.
     """
-    name = "triton" if device == "cuda" else "cpp"
+    ours, *more = OURS[device]
+    known = registered(of.op)
     return [
-        *([_backend(of, name)] if name in registered(of.op) else []),
+        *([_backend(of, ours)] if ours in known else []),
+        *(replace(_backend(of, name), ours=False) for name in more if name in known),
         Contender("eager", partial(_eager, of)),
         Contender("compile", partial(_compile, of), None if compiled else "left out of this run"),
         *(Contender(p.name, p.prepare, p.absent) for p in of.peers(device)),

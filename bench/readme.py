@@ -1,6 +1,7 @@
 """README's figures, made from the committed results: `python -m bench.readme` writes them anew.
 
 A part of README between `<!-- NAME -->` and `<!-- end -->` is generated; PARTS says by what.
+`make docs` also draws the pictures that stand there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 from collections.abc import Callable
 
 from bench import overview
+from bench.plot import pictures
 from bench.record import ROOT
 from bench.report import line, markdown, read
 
@@ -62,10 +64,30 @@ def demo_table() -> str:
     return "\n".join(map(line, lines))
 
 
+def picture_links() -> str:
+    """The pictures that say most, and where the others are."""
+    found = pictures(RESULTS)
+    folder = RESULTS.relative_to(ROOT).as_posix()
+    shown = [f"![{text}]({folder}/{name}.svg)" for name, text in SHOWN.items()]
+    rows = [["op", "every cell"], ["---", "---"]]
+    for op in dict.fromkeys(one.results[0]["op"] for one in found[1:]):
+        kinds = [one.kind for one in found[1:] if one.results[0]["op"] == op]
+        rows.append([f"`{op}`", ", ".join(f"[{kind}]({folder}/{op}-{kind}.svg)" for kind in kinds)])
+    return "\n\n".join([*shown, "\n".join(map(line, rows))])
+
+
+# pictures in README, with the text for those who cannot see them
+SHOWN = {
+    "peers": "Time of each peer over ours, every cell of every op",
+    "attention-roofline": "attention under the roofs that the same run measured",
+    "rms_norm-sizes": "rms_norm, GB/s against bytes, beside a copy",
+}
+
 PARTS: dict[str, Callable[[], str]] = {
     "demo table": demo_table,
     "ops table": ops_table,
     "norm table": norm_table,
+    "pictures": picture_links,
 }
 
 

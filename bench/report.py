@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.record import SCHEMA
+from bench.spread import band
 
+BAND = "ours, 95 %"  # heads the column of the bands
 BUSY = 0.7  # load average beyond which a CPU's times are not to be trusted
 
 Row = dict[str, Any]
@@ -22,14 +24,14 @@ Document = dict[str, Any]
 Group = dict[str, dict[str, Row]]  # shape -> backend -> row
 
 
-def read(path: Path) -> Document:
-    """A results document; ValueError if the file is none or of another schema."""
+def read(path: Path, *, any_schema: bool = False) -> Document:
+    """A results document; ValueError if the file is none or, unless allowed, of another schema."""
     try:
         results = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}; run python -m bench.cpu again") from error
     found = results.get("schema") if isinstance(results, dict) else None
-    if found != SCHEMA:
+    if found is None or (found != SCHEMA and not any_schema):
         raise ValueError(
             f"{path} has schema {found!r}, this report reads {SCHEMA}; "
             "make the file again with python -m bench.cpu or python -m bench.gpu"
@@ -89,12 +91,12 @@ def worst(results: Document) -> str:
 
 
 def _us(row: Row | None) -> str:
-    if row is None or _unserved(row):
+    if row is None or unserved(row):
         return "-"
     return f"{row['median_us']:.1f}" if "median_us" in row else "failed"
 
 
-def _unserved(row: Row) -> bool:
+def unserved(row: Row) -> bool:
     """A peer that has no such form says so when it is prepared; that is no failure."""
     return not row["ours"] and row.get("error", "").startswith("NotImplementedError: ")
 
@@ -110,6 +112,7 @@ def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
                 shape,
                 first["size"],
                 *(_us(cells.get(name)) for name in names),
+                _band(ours),
                 f"{ours['gbps']:.{1 if ours['gbps'] < 100 else 0}f}" if ours else "-",
                 f"{ours['of_copy']:.2f}" if ours else "-",
                 *(_flops(ours) if any("tflops" in row for row in cells.values()) else ()),
@@ -117,6 +120,12 @@ def _body(group: Group, names: Sequence[str]) -> list[list[str]]:
             ]
         )
     return body
+
+
+def _band(ours: Row | None) -> str:
+    """Between which values the true median of ours lies, at 95 %."""
+    samples = ours.get("samples_us") if ours else None
+    return " to ".join(f"{end:.1f}" for end in band(samples)) if samples else "-"
 
 
 def _flops(ours: Row | None) -> tuple[str, str]:
@@ -170,7 +179,7 @@ def tables(results: Document) -> str:
     names = backends(results)
     counted = any("tflops" in row for row in results["benchmarks"])
     arithmetic = ["TFLOP/s", "of product"] * counted
-    head = ["shape", "size", *names, "GB/s", "of copy", *arithmetic, "time / best peer"]
+    head = ["shape", "size", *names, BAND, "GB/s", "of copy", *arithmetic, "time / best peer"]
     # the longest tables last: the end of a log is what is read
     ordered = sorted(groups(results).items(), key=lambda item: len(item[1]))
     parts = [
@@ -222,7 +231,7 @@ def _troubles(results: Document) -> list[str]:
     found += [
         f"{r['backend']} on {r['shape']} {r['dtype']} {r['variant']}: {r['error'].splitlines()[0]}"
         for r in results["benchmarks"]
-        if r.get("error") and not _unserved(r)
+        if r.get("error") and not unserved(r)
     ]
     return found
 
@@ -263,7 +272,7 @@ def summary(results: Document) -> str:
 def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
     """The tables for README: microseconds a call, medians; ours over the fastest peer last."""
     names = backends(results)
-    head = ["size", *names, "of copy", "best peer / ours"]
+    head = ["size", *names, BAND, "of copy", "best peer / ours"]
     parts = []
     for (dtype, variant), group in groups(results).items():
         if variants is not None and variant not in variants:
@@ -277,7 +286,7 @@ def markdown(results: Document, variants: Sequence[str] | None = None) -> str:
             ratio = f"{1 / found[0]:.2f} ({found[1]})" if found else "-"
             of_copy = f"{ours['of_copy']:.2f}" if ours else "-"
             times = [_us(cells.get(name)) for name in names]
-            lines.append(line([first["size"], *times, of_copy, ratio]))
+            lines.append(line([first["size"], *times, _band(ours), of_copy, ratio]))
         parts.append("\n".join(lines))
     machine = where(results)
     return "\n\n".join(

@@ -219,9 +219,12 @@ def results_of(ours: float, peer_us: float) -> dict[str, Any]:
 
 def test_markdown_and_worst_cell() -> None:
     text = report.markdown(results_of(2.0, 5.0))
-    assert "| size | cpp | torch | liger | of copy | best peer / ours |" in text
-    assert "| 3 x 64 | 2.0 | 5.0 | failed | 0.50 | 2.50 (torch) |" in text
+    assert "| size | cpp | torch | liger | ours, 95 % | of copy | best peer / ours |" in text
+    assert "| 3 x 64 | 2.0 | 5.0 | failed | - | 0.50 | 2.50 (torch) |" in text
     assert "commit c0ffee" in text
+    (sampled := results_of(2.0, 5.0))["benchmarks"][0]["samples_us"] = [2.0, 1.5, 9.0]
+    assert "| failed | 1.5 to 9.0 | 0.50 |" in report.markdown(sampled)
+    assert "1.5 to 9.0" in report.summary(sampled)
     (busy := results_of(1.0, 1.0))["device"]["load"] = 3.5
     assert report.summary(busy).startswith("BUSY MACHINE: load 3.5")
     assert "1.25x the time of torch; ours is the fastest in 0 of 1" in report.worst(
@@ -267,7 +270,7 @@ def test_the_cpu_sees_each_op_on_the_grid() -> None:
 def test_what_a_peer_does_not_serve_is_no_failure() -> None:
     results = results_of(2.0, 5.0)
     results["benchmarks"][2]["error"] = "NotImplementedError: liger has no softcap"
-    assert "| 3 x 64 | 2.0 | 5.0 | - | 0.50 | 2.50 (torch) |" in report.markdown(results)
+    assert "| 3 x 64 | 2.0 | 5.0 | - | - | 0.50 | 2.50 (torch) |" in report.markdown(results)
     assert "liger on tiny" not in report.summary(results)
 
 

@@ -38,10 +38,9 @@ TIMED = {
     "window": ("llama_8b_prefill_8k", "gemma_2_9b_train"),
     "packed": ("llama_8b_train", "llama_1b_train"),
 }
-PROBES = {
-    "whole": Shape("probe_whole", 1, 4, 2, 160, 160, 64, 64),
-    "pieces": Shape("probe_pieces", 1, 4, 2, 160, 160, 80, 80),
-}
+# each has tiles of its own
+HEADS = ((64, 64), (128, 128), (256, 256), (192, 128), (80, 80), (96, 96))
+PROBES = {f"{D}/{E}": Shape(f"probe_{D}_{E}", 1, 4, 2, 160, 160, D, E) for D, E in HEADS}
 # prefill by groups of 3 and 8 query heads, and decode from a cache of 4k
 CPU = tuple(
     Shape(f"prefill_{T}_of_{D}_by_{H // K}", 1, H, K, T, T, D, D)
@@ -296,7 +295,7 @@ SUBJECT = Subject(
     cpu=CPU,
     tiny=TINY,
     probes=PROBES,
-    probed=lambda s: "whole" if s.D & (s.D - 1) == s.E & (s.E - 1) == 0 else "pieces",
+    probed=lambda s: f"{s.D}/{s.E}" if (s.D, s.E) in HEADS else "80/80",
     traffic=each_once,
     flops=long_attention.flops,
     forms=FORMS,

@@ -59,13 +59,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> str | None:
     return None
 
 
-def why_no_copies(name: str, t: Tensor) -> str | None:
+def why_no_copies(name: str, t: Tensor, widest: int | None = None) -> str | None:
     """Why the TMA cannot copy boxes of (batch, heads, rows, features)."""
-    step = 16 // t.element_size()
-    if not 0 < t.shape[3] <= _WIDEST or t.shape[3] % step:
-        return (
-            f"{name} has {t.shape[3]} features a head; allowed: multiples of {step} up to {_WIDEST}"
-        )
+    step, most = 16 // t.element_size(), widest or _WIDEST
+    if not 0 < t.shape[3] <= most or t.shape[3] % step:
+        return f"{name} has {t.shape[3]} features a head; allowed: multiples of {step} up to {most}"
     if not t.numel():
         return f"{name} is empty, of shape {tuple(t.shape)}"
     if t.data_ptr() % 16:
@@ -92,12 +90,14 @@ def _layout(width: int) -> Any:
 
 def descriptors(t: Tensor, rows: int) -> tuple[Any, Any]:
     """Descriptors of the one or two boxes of `rows` rows that hold a head of t (B, H, S, D)."""
-    shape, strides = list(t.shape), _strides(t)
-    made = [
-        TensorDescriptor(t, shape, strides, [1, 1, rows, width], _layout(width))
-        for width in boxes(t.shape[3])
-    ]
+    made = [box_of(t, rows, width) for width in boxes(t.shape[3])]
     return made[0], made[1] if len(made) == 2 else None
+
+
+def box_of(t: Tensor, rows: int, width: int) -> Any:
+    """A descriptor of boxes of `rows` rows and `width` features of t (B, H, S, D)."""
+    box = [1, 1, rows, width]
+    return TensorDescriptor(t, list(t.shape), _strides(t), box, _layout(min(width, 64)))
 
 
 def section(heads: int, groups: int, S: int, features: int) -> int:

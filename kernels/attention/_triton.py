@@ -16,6 +16,7 @@ Rounding scores, softmax and sums are fp32; p and ds are rounded to v's and k's 
 Dropout  a weight stays by a Philox number of (seed, head of the batch, row, key), forward and back.
 Order    o, lse and dq of a row do not depend on the batch; dk and dv are summed over the query
          heads of a group and their rows in a fixed order: no atomics, bit-equal reruns.
+Hopper   calls that paths.py gives to the kernels in Gluon, which round and sum alike.
 Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 """
 
@@ -23,21 +24,23 @@ Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swathe.kernels.attention import _triton_backward, _triton_forward
+from swathe.kernels.attention import _triton_backward, _triton_decode, _triton_forward
 from swathe.kernels.attention._triton_blocks import (
     Blocks,
     Cut,
     cut,
     tiles_by_tma,
 )
-from swathe.kernels.attention._triton_decode import decode
 from swathe.kernels.attention._triton_rows import Rows
 from swathe.kernels.attention.op import empty_backward, empty_forward
+from swathe.kernels.attention.paths import path
 from swathe.kernels.core.device import guard
 from swathe.kernels.core.launch import Launcher, cdiv
 from swathe.kernels.core.rows import unit_rows
@@ -48,6 +51,14 @@ _forward_at = Launcher(_triton_forward.forward)
 _backward_q_at = Launcher(_triton_backward.backward_q)
 _backward_kv_at = Launcher(_triton_backward.backward_kv)
 _backward_bias_at = Launcher(_triton_backward.backward_bias)
+
+
+def _on_hopper(which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> ModuleType | None:
+    """The launchers in Gluon, where paths.py names them and they serve the call."""
+    if path(which, q, v) != "gluon" or not (q.numel() and k.numel() and v.numel()):
+        return None
+    hopper = import_module("swathe.kernels.attention._gluon_sm90")
+    return hopper if hopper.why_not(which, q, k, v, *rest) is None else None
 
 
 def _heads_first(t: Tensor) -> tuple[int, int, int]:
@@ -73,6 +84,8 @@ def _tiles(t: Tensor, rows: int, tma: bool) -> Any:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """o (B, T, H, E) and lse2 (B, H, T) in fp32; `rest` are the fields of Rows."""
+    if hopper := _on_hopper("forward", q, k, v, *rest):
+        return hopper.forward(q, k, v, *rest)
     o, lse = empty_forward(q, k, v)
     (B, H, T, D), E, rows = q.shape, v.shape[3], Rows(*rest)
     made = cut(q, v, rows.dense)
@@ -107,6 +120,8 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the rows' statistics, as op.py says."""
+    if hopper := _on_hopper("backward", q, k, v, *rest):
+        return hopper.backward(do, dlse, q, k, v, o, lse, *rest)
     dq, dk, dv, stats = empty_backward(do, dlse, q, k, v, o, lse)
     (B, H, T, D), (S, E), rows = q.shape, v.shape[2:], Rows(*rest)
     made = cut(q, v, rows.dense)
@@ -164,6 +179,13 @@ def _backward_kv(
         block.warps,
         block.stages,
     )  # fmt: skip
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """o and lse2 of few queries over a cache; `rest` as _triton_decode.decode."""
+    if hopper := _on_hopper("decode", q, k, v, *rest):
+        return hopper.decode(q, k, v, *rest)
+    return _triton_decode.decode(q, k, v, *rest)
 
 
 def backward_bias(do: Tensor, q: Tensor, k: Tensor, v: Tensor, stats: Tensor, *rest: Any) -> Tensor:

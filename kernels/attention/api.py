@@ -17,6 +17,7 @@ from swathe.kernels.attention.spec import FEATURES, AttentionSpec
 from swathe.kernels.attention.validation import describe, placed, validate, validate_scores
 from swathe.kernels.core.backends import cpp_backend, triton_backend
 from swathe.kernels.core.choose import Chooser
+from swathe.kernels.core.launch import why_no_triton
 from swathe.kernels.core.op import wants_gradient
 from swathe.kernels.core.registry import (
     AUTO,
@@ -189,6 +190,14 @@ def _limits_of_pages(spec: Spec) -> list[str]:
     return (reasons if spec.grad else []) + (dropped if ("dropout", True) in spec.features else [])
 
 
+def _limits_of_hopper(spec: Spec) -> list[str]:
+    """Kernels written for one generation of matrix units."""
+    if spec.device != "cuda" or (spec.arch is not None and spec.arch < 100):
+        return []
+    given = "this one" if spec.arch is None else f"sm_{spec.arch}"
+    return [f"is written for NVIDIA's sm_90, not for {given}; backend 'triton' serves that"]
+
+
 def _backend(name: str, features: tuple[str, ...]) -> Backend:
     module = f"swathe.kernels.attention.{name}"
     return Backend(
@@ -214,6 +223,22 @@ _triton = triton_backend(
     max_size=256,
 )
 register_backend(replace(_triton, limits=_limits_of_pages))
+register_backend(
+    Backend(
+        OP,
+        "gluon",
+        load=lambda: fused("gluon", "swathe.kernels.attention._gluon_sm90"),
+        capabilities=Capabilities(
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.bfloat16, torch.float16}),
+            features=dict.fromkeys(("grouped", "softcap", "alibi", "sinks", "lse"), ANY),
+            min_arch=90,
+            max_size=256,
+        ),
+        missing=why_no_triton,
+        limits=_limits_of_hopper,
+    )
+)
 _cpp = cpp_backend(
     OP,
     lambda: fused("cpp", "swathe.kernels.attention._cpp"),

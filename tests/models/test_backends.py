@@ -89,7 +89,7 @@ WRONG: dict[str, tuple[Callable[[Any], object], str]] = {
     "attention": (
         lambda m: m.set_attn_implementation("foo"),
         r'^Specified attn_implementation="foo" is not supported; allowed: '
-        r"\['auto', 'eager', 'sdpa', 'triton', 'cpp'\]",
+        r"\['auto', 'eager', 'sdpa', 'triton', 'gluon', 'cpp'\]",
     ),
     "typo": (lambda m: m.set_attn_implementation("sdap"), r"\(did you mean 'sdpa'\?\)"),
     "another library's": (

@@ -4,8 +4,9 @@ A test module in tests/offline lists `CONFIGURATIONS`; `verify` compiles one and
 fp64 arithmetic, more bytes moved than the minimum, and on anything worse than the baseline that
 was written for this version of Triton:
 
-    PYTHONPATH=tests python -m support.gate rms_norm     # tests/offline/baselines/rms_norm.json
-    PYTHONPATH=tests python -m support.gate rms_norm --show LABEL       # facts of some, in words
+    cd tests && python -m support.gate rms_norm          # tests/offline/baselines/rms_norm.json
+    cd tests && python -m support.gate rms_norm --show LABEL            # facts of some, in words
+    cd tests && python -m support.gate --compare HEAD    # what changed in all of them
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import Any, Protocol
 
 import triton
 
+from support import proxies
 from support.machine_code import SHARED_MEMORY, TARGETS, MachineCode, compile_for
+from support.proxies import MORE_IS_BETTER
 
 OFFLINE = Path(__file__).parents[1] / "offline"
 _BASELINES = OFFLINE / "baselines"
 TRITON = ".".join(triton.__version__.split(".")[:2])
 # registers of one multiprocessor (of one SIMD for AMD's 64-wide waves) and warps it can hold
 _REGISTERS = {"cuda": (65_536, 32, 64), "hip": (512 * 64, 64, 8)}
-_MORE_IS_BETTER = ("occupancy", "in_flight")
 
 
 class Gated(Protocol):
@@ -157,7 +159,7 @@ def verify(op: str, configuration: Gated, target: str) -> None:
     worse = [
         f"{k}: {now[k]}, baseline {known[k]}"
         for k in known
-        if (now[k] < known[k] if k in _MORE_IS_BETTER else now[k] > known[k])
+        if (now[k] < known[k] if k in MORE_IS_BETTER else now[k] > known[k])
     ]
     assert not worse, "; ".join(worse)
 
@@ -224,6 +226,8 @@ def _lines(rows: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compare"]:
+        sys.exit(proxies.main(sys.argv[2:]))
     if sys.argv[2:3] == ["--show"]:
         show(sys.argv[1], "".join(sys.argv[3:]))
     else:

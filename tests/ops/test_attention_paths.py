@@ -1,0 +1,87 @@
+"""Which kernels serve "triton" on Hopper: tables, what overrules them, what they may not say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from swathe.kernels.attention import paths
+
+Q = torch.empty(1, 2, 3, 128)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of tables, and a Hopper GPU to read them."""
+    monkeypatch.setattr(paths, "HOME", tmp_path)
+    monkeypatch.setattr(paths, "arch", lambda device: 90)
+    monkeypatch.setattr(paths, "device_slug", lambda device: "nvidia_h200")
+    paths._looked_up.cache_clear()
+    yield tmp_path
+    paths._looked_up.cache_clear()
+
+
+def test_a_table_is_read_back(home: Path) -> None:
+    table = {("forward", 128, 128): "gluon", ("backward", 64, 64): "portable"}
+    paths.write(home / "nvidia_h200.json", table, {"commit": "abc"})
+    assert paths.read(home / "nvidia_h200.json") == table
+    assert paths.path("forward", Q, Q) == "gluon"
+    assert paths.path("backward", Q, Q) == "portable"
+    assert paths.path("forward", Q, Q[..., :64]) == "portable"
+
+
+def test_no_table_is_portable(home: Path) -> None:
+    assert paths.path("forward", Q, Q) == "portable"
+
+
+def test_another_generation_reads_no_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths.write(home / "nvidia_h200.json", {("forward", 128, 128): "gluon"}, {})
+    monkeypatch.setattr(paths, "arch", lambda device: 100)
+    assert paths.path("forward", Q, Q) == "portable"
+
+
+def test_forced_for_a_while(home: Path) -> None:
+    with paths.forced("gluon"):
+        assert paths.path("decode", Q, Q) == "gluon"
+        with paths.forced(None):
+            assert paths.path("decode", Q, Q) == "portable"
+    assert paths.path("decode", Q, Q) == "portable"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"schema": 0, "rows": []},
+        {"schema": 1},
+        {"schema": 1, "rows": [{"pass": "sideways", "D": 1, "E": 1, "path": "gluon"}]},
+        {"schema": 1, "rows": [{"pass": "forward", "D": 1, "E": 1, "path": "fast"}]},
+    ],
+)
+def test_what_is_no_table_is_refused(document: object, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"x\.json"):
+        paths.read(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(("given", "printed"), [("gluon", "gluon"), ("portable", "portable")])
+def test_the_environment_overrules(given: str, printed: str) -> None:
+    assert printed in imported_under(given).stdout
+
+
+def test_an_unknown_path_says_what_is_allowed() -> None:
+    assert "allowed: portable or gluon" in imported_under("fast").stderr
+
+
+def imported_under(given: str) -> subprocess.CompletedProcess[str]:
+    code = "from swathe.kernels.attention import paths; print(paths._forced)"
+    environment = {**os.environ, paths.VARIABLE: given}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
