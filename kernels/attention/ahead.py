@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swathe.kernels.attention import _triton
-from swathe.kernels.attention._triton_rows import Rows
+from swathe.kernels.attention.paths import PATHS, forced
 
 _B, _T, _H, _K = 2, 256, 8, 2
 _LONG = 8192  # keys that several programs of a short query share
@@ -23,37 +23,30 @@ _BOUNDS = {"whole": (1, 1), "causal": (1, _T)}
 
 
 def calls(D: int, E: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What to call for heads of D and E features, and what to say of it."""
-    for mask, shape in _BOUNDS.items():
-        yield f"{mask}, portable", partial(_both, _triton, _triton, D, E, dtype, shape)
-        gluon = _gluon_for(D, E, dtype)
-        if gluon is not None:
-            yield f"{mask}, Gluon", partial(_both, gluon, None, D, E, dtype, shape)
-    for keys in (_T, _LONG):
-        yield f"one query, {keys} keys", partial(_decode, D, E, dtype, keys)
+    """What to call for heads of D and E features, and what to say of it, on each of paths.PATHS.
+
+    Where a path does not serve a call the portable one does, whose kernels are there already.
+    """
+    for path in PATHS:
+        for mask in _BOUNDS:
+            yield f"{mask}, {path}", partial(_both, path, D, E, dtype, _BOUNDS[mask])
+        for keys in (_T, _LONG):
+            yield f"one query of {keys} keys, {path}", partial(_decode, path, D, E, dtype, keys)
 
 
-def _gluon_for(D: int, E: int, dtype: torch.dtype) -> Any:
-    """The launchers in Gluon if the target is what they are for."""
-    q, k, v = _inputs(D, E, dtype, _T, _T)
-    from swathe.kernels.attention import _gluon
-
-    return _gluon if _gluon.why_not(q, k, v, Rows(*_rest(_BOUNDS["causal"]))) is None else None
-
-
-def _both(
-    forward: Any, backward: Any, D: int, E: int, dtype: torch.dtype, bounds: tuple[int, int]
-) -> None:
-    inputs, rest = _inputs(D, E, dtype, _T, _T), _rest(bounds)
-    o, lse = forward.forward(*inputs, *rest)
-    if backward is not None:
-        backward.backward(o, None, *inputs, o, lse, *rest)
+def _both(path: str, D: int, E: int, dtype: torch.dtype, bounds: tuple[int, int]) -> None:
+    inputs = _inputs(D, E, dtype, _T, _T)
+    rest = (_integers(bounds), _integers(bounds), *[None] * 7, 0.125, 0.0, 0.0, False)
+    with forced(path):
+        o, lse = _triton.forward(*inputs, *rest)
+        _triton.backward(o, None, *inputs, o, lse, *rest)
 
 
-def _decode(D: int, E: int, dtype: torch.dtype, keys: int) -> None:
+def _decode(path: str, D: int, E: int, dtype: torch.dtype, keys: int) -> None:
     bounds = _integers(_BOUNDS["whole"])
     rest: tuple[Any, ...] = (bounds, bounds, *[None] * 7, 0.125, 0.0)
-    _triton.decode(*_inputs(D, E, dtype, 1, keys), *rest)
+    with forced(path):
+        _triton.decode(*_inputs(D, E, dtype, 1, keys), *rest)
 
 
 def _inputs(D: int, E: int, dtype: torch.dtype, T: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,11 +55,6 @@ def _inputs(D: int, E: int, dtype: torch.dtype, T: int, S: int) -> tuple[Tensor,
         return memory.transpose(1, 2)
 
     return made(T, _H, D), made(S, _K, D), made(S, _K, E)
-
-
-def _rest(bounds: tuple[int, int]) -> tuple[Any, ...]:
-    """Fields of Rows: bounds and a positive scale."""
-    return _integers(bounds), _integers(bounds), *[None] * 7, 0.125, 0.0, 0.0, False
 
 
 def _integers(shape: tuple[int, int]) -> Tensor:

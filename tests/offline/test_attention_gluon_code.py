@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.gate import covered, verify
+from support.gate import TRITON, covered, verify
 from support.gluon_gate import GluonConfiguration, launched
 from swathe.kernels.attention import _gluon, _gluon_backward
 from swathe.kernels.attention._gluon_backward import blocks_for
@@ -22,10 +22,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 T, S, H, K = 256, 512, 4, 2
 # bytes that a kernel may spill before and after its loops
 FEW = 72
-# known, to be mended: bytes, and instructions in a loop
+# known, by Triton's version: bytes, and instructions in a loop
 SPILLED = {
-    "forward-128-128-bf16-alibi": (680, 49),
-    "backward_q-256-256-bf16": (48, 3),
+    "3.6": {
+        "forward-128-128-bf16-alibi": (680, 49),
+        "backward_q-256-256-bf16": (48, 3),
+    },
+    # its ptxas gives backward_q's accumulators fewer registers than that of 3.6, which counts
+    "3.9": {
+        "backward_q-128-128-bf16": (308, 47),
+        "backward_q-128-128-bf16-dlse": (308, 47),
+        "backward_q-128-128-fp16": (308, 47),
+        "backward_q-256-256-bf16": (268, 16),
+    },
 }
 
 
@@ -68,7 +77,7 @@ def configuration(
     """One specialisation of the kernel `name`."""
     label = "-".join((name, str(D), str(E), dtype, *given))
     build = partial(launched, name, partial(call, name, D, E, dtype, given))
-    spilled, in_loops = SPILLED.get(label, (FEW, 0))
+    spilled, in_loops = SPILLED.get(TRITON, {}).get(label, (FEW, 0))
     return GluonConfiguration(label, build, spilled=spilled, spilled_in_loops=in_loops, **expected)
 
 
