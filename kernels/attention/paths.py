@@ -53,7 +53,7 @@ def path(which: str, q: Tensor, v: Tensor) -> str:
 @lru_cache(maxsize=256)
 def _looked_up(which: str, D: int, E: int, device: torch.device) -> str:
     capability = arch(device)
-    if capability is None or not 90 <= capability < 100:
+    if device.type != "cuda" or capability is None or not 90 <= capability < 100:
         return "portable"
     return read(HOME / f"{device_slug(device)}.json").get((which, D, E), "portable")
 

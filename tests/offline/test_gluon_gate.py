@@ -200,6 +200,16 @@ def test_planted(fault: str) -> None:
     assert fault in found
 
 
+def test_what_is_allowed_is_counted() -> None:
+    known = replace(CONFIGURATION, spilled_in_loops=1, shared_accesses=1)
+    body = (*SS, *RS, *EX2, "LDL R7, [R1+0x8]", "LDS R8, [R2]")
+    assert known.faults(replace(GOOD, sass=sass(*body, *WAIT)), "sm_90") == []
+    found = known.faults(replace(GOOD, sass=sass(*body, *body[-2:], *WAIT)), "sm_90")
+    assert [fault.split(":")[0] for fault in found] == [
+        "spills in a loop", "a layout is converted through shared memory",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("fact", "value"), [("instructions", 100), ("in_flight", 101), ("barriers", 0)]
 )

@@ -36,7 +36,8 @@ class GluonConfiguration:
     since one that is unrolled away or split would otherwise go unseen; each must hold one of
     `matrix`, which are numbers of wgmma by shape and operand ({"64x128x16 RS": 8}). `in_flight` is
     the least percentage of a loop's exponentials beside them, `shared_accesses` the most exchanges
-    through shared memory in a loop, `spilled` the most bytes outside of loops, `copies` the TMA
+    through shared memory in a loop, `spilled` the most bytes altogether, `spilled_in_loops` the
+    most instructions for them in a loop, which is none but for good reasons, `copies` the TMA
     instructions by name.
     """
 
@@ -47,6 +48,7 @@ class GluonConfiguration:
     in_flight: int = 95
     shared_accesses: int = 0
     spilled: int = 0
+    spilled_in_loops: int = 0
     copies: Mapping[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = ("sm_90",)
 
@@ -87,7 +89,7 @@ class GluonConfiguration:
         if len(code.loops) != self.loops:
             found.append(f"{len(code.loops)} hot loops, expected {self.loops}")
         for loop in code.loops:
-            if loop.spills:
+            if loop.spills > self.spilled_in_loops:
                 found.append(f"spills in a loop: {loop}")
             if loop.in_flight < self.in_flight:
                 found.append(f"exponentials that nothing hides: {loop}")
@@ -103,6 +105,7 @@ class GluonConfiguration:
         return {
             "shared": code.shared,
             "spilled": code.spilled,
+            "spilled_in_loops": max(loop.spills for loop in loops),
             "registers": max(p.used for p in code.partitions),
             "instructions": loops[0].instructions,
             "longest": loops[-1].instructions,
