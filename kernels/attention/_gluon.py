@@ -30,7 +30,6 @@ from swathe.kernels.attention.op import empty_forward
 from swathe.kernels.core.device import guard, multiprocessors
 from swathe.kernels.core.gluon import TensorDescriptor, gl
 from swathe.kernels.core.launch import Launcher, cdiv
-from swathe.kernels.core.rows import unit_rows
 
 _WIDEST = 256
 _GROUP = 64  # rows that a warpgroup has of a tile
@@ -111,7 +110,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor
     (B, H, T, D), (_, K, S, E), rows = q.shape, v.shape, Rows(*rest)
     if not B * H * T:
         return o, lse
-    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     block = forward_blocks(D, E)
     bound_b, bound_t, place_b, alibi_b = *rows.bounds, *rows.strides(H)[:2]
     with guard(q):

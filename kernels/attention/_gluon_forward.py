@@ -8,15 +8,16 @@ keys come from the last tile to the first: the first to be absorbed is the one t
 Overlap   k q^T of a tile of keys and p v of the one before run while the exponentials are taken.
           Nothing in a program's text says so to the assembler, which moves the wait for p v ahead
           of the softmax unless something that spins stands between: the wait for the next keys.
-Floors    a tile of rows and one of keys cost 4 * 128 * BLOCK_S * D flops and copy 4 * BLOCK_S * D
-          bytes: 128 flops a byte from the L2 cache, where Hopper needs some 150 to be bound by its
-          matrix units if it came from memory. Keys that heads in flight share are read from memory
-          once, hence the order of tiles. An exponential a score is the other floor: 16 a clock
-          are as slow as the matrix units at D = 64, half as slow at 128.
+Floors    4 T S D flops a head (half of it if causal) at 4096 a clock of a multiprocessor; one
+          exponential a score at 16 a clock takes as long where D is 64, half as long at 128.
+          q, k, v and o move once: T S / (T + S) flops a byte, while memory is the slower below
+          some 200, so that flops bind from 400 rows and keys on. Tiles of 128 rows copy keys and
+          values for 128 flops a byte: those must come from the L2 cache, hence the order of tiles.
 Source    Shah et al. 2024, arXiv:2407.08608, sections 3.1 and 3.2.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -157,8 +158,6 @@ def _copy(q_at, k_at, v_at, work, call, counter, BLOCK_S: gl.constexpr, STAGES: 
     tiles = gl.cdiv(call.T, ROWS)
     step, done, turn = 0, 0, gl.program_id(0)
     while turn < tiles * call.heads:
-        # asked for now, needed when all copies of this tile are under way
-        ahead = gl.atomic_add(counter, 1) + gl.num_programs(0)
         tile, head = place(turn, tiles, call.heads, call.section)
         begin, b, h = tile * ROWS, head // call.H, head % call.H
         bounds = Bounds(call.first, call.last, b * call.bound_b, call.bound_t)
@@ -176,8 +175,10 @@ def _copy(q_at, k_at, v_at, work, call, counter, BLOCK_S: gl.constexpr, STAGES: 
             fill(k, k_at, b, g, (final - i - 1) * BLOCK_S, step + 1, STAGES)
             fill(v, v_at, b, g, (final - i) * BLOCK_S, step, STAGES)
             step += 1
+        # as late as its answer is there in time: who takes tiles early takes some from others
+        following = gl.atomic_add(counter, 1) + gl.num_programs(0)
         fill(v, v_at, b, g, low * BLOCK_S, step, STAGES)
-        step, done, turn = step + 1, done + 1, ahead
+        step, done, turn = step + 1, done + 1, following
     _announce(board, Order(-1, 0, 0, 0, 0, 0, 0), done)
 
 

@@ -9,7 +9,7 @@ Products  of one warpgroup are 64 rows; accumulators hold fp32 in registers.
 Rows      first, last: the interval of keys that a row sees, int32, as mask.bounds makes them.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # mypy: disable-error-code="assignment"
 
 from __future__ import annotations

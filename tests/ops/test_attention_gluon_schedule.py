@@ -1,7 +1,8 @@
 """The order in which programs take tiles of attention on Hopper: complete, and short.
 
-`makespan` plays the persistent programs: each takes the next turn by a counter when it begins the
-one it has. Work is counted in tiles of keys, OVERHEAD being what a tile of rows costs besides.
+`makespan` plays the persistent programs: each takes the next turn by a counter when all copies of
+the one it has are under way. Work is counted in tiles of keys: OVERHEAD is what a tile of rows
+costs besides, LEAD how many are still to be computed when the next turn is taken.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from swathe.kernels.attention._gluon import section
 from swathe.kernels.attention._gluon_blocks import SECTION
 
 MULTIPROCESSORS = 132
-OVERHEAD = 0.4
+OVERHEAD, LEAD = 0.4, 2
 QUERIES = KEYS = 128
 Turns = list[tuple[int, int]]
 
@@ -41,17 +42,19 @@ def seen(tile: int, S: int, causal: bool) -> int:
 def makespan(work: list[float], programs: int) -> float:
     """When the last program is done."""
     order = iter(range(len(work)))
-    free = [(0.0, program, next(order)) for program in range(min(programs, len(work)))]
-    heapify(free)
-    end = 0.0
-    while free:
-        begin, program, turn = heappop(free)
-        done = begin + work[turn] + OVERHEAD
-        end = max(end, done)
-        following = next(order, None)
-        if following is not None:
-            heappush(free, (done, program, following))
-    return end
+    ends = [work[next(order)] + OVERHEAD for _ in range(min(programs, len(work)))]
+    # when the next turn is taken, and when this one ends
+    events = [(end - LEAD, end) for end in ends]
+    heapify(events)
+    last = 0.0
+    while events:
+        _, end = heappop(events)
+        last = max(last, end)
+        turn = next(order, None)
+        if turn is not None:
+            done = end + work[turn] + OVERHEAD
+            heappush(events, (max(end, done - LEAD), done))
+    return last
 
 
 def efficiency(order: Turns, S: int, *, causal: bool = True) -> float:
@@ -78,7 +81,7 @@ def test_every_tile_of_every_head_has_one_turn(tiles: int, heads: int, width: in
 # causal self-attention of 16k tokens in all, 16 heads of 128
 @pytest.mark.parametrize(
     ("S", "B", "least"),
-    [(1024, 16, 0.86), (2048, 8, 0.92), (4096, 4, 0.95), (8192, 2, 0.97), (16_384, 1, 0.97)],
+    [(1024, 16, 0.91), (2048, 8, 0.94), (4096, 4, 0.96), (8192, 2, 0.98), (16_384, 1, 0.99)],
 )
 def test_multiprocessors_are_busy(S: int, B: int, least: float) -> None:
     tiles, heads = -(-S // QUERIES), 16 * B
