@@ -42,7 +42,7 @@ QUERIES: dict[str, tuple[str, str, int]] = {
     "last key of a row off by one": ("(n < rows.last)", "(n <= rows.last)", 0),
     "tiles in part taken for whole": ("start + BLOCK_S > tile.whole_to", "start > tile.whole_to", 0),
     "window's edge taken for whole": ("(start < tile.whole_from) | ", "", 0),
-    "v given up before its product is done": ("        dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])\n        mbarrier.arrive(v.empty.index(at_v), count=1)\n", "        mbarrier.arrive(v.empty.index(at_v), count=1)\n        dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])\n", 0),
+    "k given up before its product is done": ("        dq, _ = landed(added(dq, ds, k.memory, at_k), ds)\n        mbarrier.arrive(k.empty.index(at_k), count=1)\n", "        mbarrier.arrive(k.empty.index(at_k), count=1)\n        dq, _ = landed(added(dq, ds, k.memory, at_k), ds)\n", 0),
     "scores read while they are made": ("warpgroup_mma_wait(len(do.memory), deps=[s])", "warpgroup_mma_wait(len(do.memory) + 1, deps=[s])", 0),
     "q not waited for": ("    mbarrier.wait(rings.q.full.index(INDEX), 0)\n", "", 0),
     "a look past the last tile": (", pred=start + BLOCK_S < tile.hi)", ")", 0),
