@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
+from swathe.kernels.ahead import HEADS, compile_ahead
 from swathe.kernels.core.launch import Launcher
+from swathe.kernels.core.offline import Compiled
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,27 @@ class Warmed:
         return f"{self.kernels} kernels ready after {self.runs} runs, {self.seconds:.1f} s"
 
 
+@overload
 def warmup(
-    model: nn.Module, *, tokens: Sequence[int] = (1, 16, 128, 1024), training: bool | None = None
-) -> Warmed:
+    model: nn.Module, *, tokens: Sequence[int] = ..., training: bool | None = None
+) -> Warmed: ...
+
+
+@overload
+def warmup(
+    *, target: str, heads: Sequence[tuple[int, int]] = ..., dtypes: Sequence[str] = ...
+) -> Compiled: ...
+
+
+def warmup(
+    model: nn.Module | None = None,
+    *,
+    tokens: Sequence[int] = (1, 16, 128, 1024),
+    training: bool | None = None,
+    target: str | None = None,
+    heads: Sequence[tuple[int, int]] = HEADS,
+    dtypes: Sequence[str] = ("bfloat16",),
+) -> Warmed | Compiled:
     """Run `model` on token id 0 at each length in `tokens`, forward and, for training, backward.
 
     Without training, one more token follows each, with what the model cached; a long cache, which
@@ -38,8 +58,21 @@ def warmup(
     fused loss (loss_implementation) is run with it. Lengths above what the model names as its
     `longest_input` become that. Gradients, buffers, random state and the modes of the model and
     its modules are left as they were.
-    Raises ValueError for lengths below 1.
+
+    With a `target` such as "sm_90" instead of a model, attention's kernels are compiled for a GPU
+    that is not here, for heads of (D, E) features, and printed one by one; nothing runs. A GPU
+    finds them if Triton and the path of its cache are the same, which only a run there confirms.
+    Raises ValueError for lengths below 1, for both or neither of model and target, and for a
+    target, dtype or size of heads that has no kernels; BackendUnavailable without Triton.
     """
+    if (model is None) == (target is None):
+        raise ValueError(
+            "warmup: give a model to run here, or target='sm_90' to compile for a GPU elsewhere; "
+            f"given were {'neither' if model is None else 'both'}"
+        )
+    if target is not None:
+        return compile_ahead(target, heads=heads, dtypes=dtypes, tell=print)
+    assert model is not None
     if not tokens or min(tokens) < 1:
         raise ValueError(
             f"warmup: tokens={tuple(tokens)}; give lengths of 1 or more, such as (16,)"

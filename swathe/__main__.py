@@ -1,12 +1,18 @@
 """Commands: `python -m swathe doctor` says what works here and what each op runs on, `tune` times
-block sizes on this GPU and writes their table, `run` patches the models that a script makes."""
+block sizes on this GPU and writes their table, `run` patches the models that a script makes,
+`warmup` compiles kernels for a GPU that is not here."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
-COMMANDS = {"doctor": "swathe.doctor", "run": "swathe.run", "tune": "swathe.kernels.tuner"}
+COMMANDS = {
+    "doctor": "swathe.doctor",
+    "run": "swathe.run",
+    "tune": "swathe.kernels.tuner",
+    "warmup": "swathe.kernels.ahead",
+}
 
 
 def main(given: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swathe.kernels.core.device import arch
+from swathe.kernels.core.device import arch, chosen_by_device
 
 
 class Blocks(NamedTuple):
@@ -69,6 +69,7 @@ class Cut(NamedTuple):
 
 
 _cuts: dict[tuple[int, int, torch.dtype, torch.device, bool], Cut] = {}
+chosen_by_device(_cuts.clear)
 
 
 def cut(q: Tensor, v: Tensor, dense: bool) -> Cut:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _NO_GUARD = nullcontext()
+_stands_for: int | None = None
+_chosen_by_device: list[Callable[[], None]] = []
 
 
 @lru_cache(maxsize=64)
 def arch(device: torch.device) -> int | None:
     """Compute capability times ten (90 for Hopper) of an NVIDIA device; None for anything else."""
+    if device.type == "meta":
+        return _stands_for
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -27,6 +32,29 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 16
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def standing_for(capability: int) -> Iterator[None]:
+    """Let tensors without data pass for those of a GPU of this `arch`, for which one compiles."""
+    global _stands_for
+    before, _stands_for = _stands_for, capability
+    for forget in _chosen_by_device:
+        forget()
+    try:
+        yield
+    finally:
+        _stands_for = before
+        for forget in _chosen_by_device:
+            forget()
+
+
+def chosen_by_device(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever tensors without data come to stand for another GPU."""
+    _chosen_by_device.append(forget)
+
+
+chosen_by_device(arch.cache_clear)
 
 
 def guard(x: Tensor) -> AbstractContextManager[object]:

@@ -49,6 +49,7 @@ class Launcher:
     """Launch one kernel of Triton or Gluon, whose parameters stand as `__call__`'s groups do."""
 
     _made: ClassVar[WeakSet[Launcher]] = WeakSet()
+    launching: ClassVar[bool] = True  # False: kernels are compiled for a GPU that is not here
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -96,6 +97,9 @@ class Launcher:
             options = {"num_warps": num_warps, "num_stages": num_stages, **_OPTIONS}
             if maxnreg is not None:
                 options["maxnreg"] = maxnreg  # not said at all where it is not meant: AMD has none
+            if not self.launching:
+                self.kernel.warmup(*arguments, grid=grid, **options)
+                return
             compiled = self.kernel[grid](*arguments, **options)
             if key is not None:
                 self._compiled[key] = compiled

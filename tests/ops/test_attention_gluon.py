@@ -194,4 +194,3 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launchers, "generation", lambda _: "blackwell")
     reason = launchers.why_not(*GOOD, ROWS)
     assert reason is not None and "'blackwell'; allowed: 'hopper'" in reason
-

@@ -88,7 +88,7 @@ def tma_load(
     task.program.loads.append(access)
     past = dict(task.clock)
     memory.poison()
-    memory.mask[...] = True
+    memory.mark()
     bar.copies.append(access)
     task.program.stats.loaded(descriptor, window)
 
@@ -135,7 +135,7 @@ def _send(descriptor: Descriptor, coordinates: Any, memory: Shared, adds: bool) 
     task, window = here(), descriptor.window(coordinates)
     outgoing = Outgoing(descriptor, window, memory, adds)
     if window.inside:
-        window.picked.touch_to_write("a copy out", ADDED if adds else STORED)
+        window.picked.touch_to_write("a copy out", ADDED if adds else STORED, meets=adds)
     task.stores.append(outgoing)
     task.program.stats.stored(descriptor, window)
     task.schedule.later(outgoing.land)

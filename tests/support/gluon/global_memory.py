@@ -102,31 +102,31 @@ class Picked:
         self.put(storage.reader, np.where(alone, task.number, _SEVERAL))
         self.put(storage.read, task.clock[task.number])
 
-    def touch_to_write(self, what: str, together: int | None = None) -> None:
+    def touch_to_write(self, what: str, kind: int | None = None, *, meets: bool = False) -> None:
         """Check a write against reads and other writes; note it.
 
-        `together` is ADDED or ATOMIC for writes that may meet others of their kind.
+        `kind` is ADDED, ATOMIC or STORED where it is no plain store; `meets` lets it meet its kind.
         """
         task, storage = here(), self.storage
-        self._ordered(storage.writer, storage.wrote, what, together)
-        if together is None:
+        self._ordered(storage.writer, storage.wrote, what, kind if meets else None)
+        if kind != ATOMIC:
             self._ordered(storage.reader, storage.read, what)
-        self.put(storage.writer, task.number if together is None else together)
-        self.put(storage.wrote, task.clock[task.number] if together is None else _NEVER)
+        self.put(storage.writer, task.number if kind is None else kind)
+        self.put(storage.wrote, task.clock[task.number] if kind is None else _NEVER)
 
     def _ordered(
-        self, actors: np.ndarray, times: np.ndarray, what: str, together: int | None = None
+        self, actors: np.ndarray, times: np.ndarray, what: str, kind: int | None = None
     ) -> None:
         actor, time, clock = self.get(actors), self.get(times), here().clock
         for one in np.unique(actor):
-            if one == 0 or one == together:
+            if one == 0 or one == kind:
                 continue
             late = (actor == one) & (time > clock.get(int(one), 0))
             if late.any():
-                kind = "reads" if actors is self.storage.reader else "writes"
+                does = "reads" if actors is self.storage.reader else "writes"
                 raise fault(
                     f"race in global memory: {what} of {int(late.sum())} elements that another "
-                    f"partition or program {kind}, with nothing to order the two"
+                    f"partition or program {does}, with nothing to order the two"
                 )
 
 
@@ -225,7 +225,7 @@ def atomic_add(
     if sem != "relaxed":
         task.acquire(past)
     old = block(from_stored(picked.get(storage.array), storage.dtype).reshape(()), storage.dtype)
-    picked.touch_to_write("atomic_add", ATOMIC)
+    picked.touch_to_write("atomic_add", ATOMIC, meets=True)
     picked.put(storage.array, to_stored(np.asarray((old + value).data), storage.dtype))
     if sem != "relaxed":
         join(past, task.release())

@@ -15,6 +15,7 @@ from support.numerics import tf32
 
 _WARPGROUP = 4
 _WIDEST = 256
+_ONE_THREAD = 2**18  # rows times columns times inner size
 
 
 class Accumulator:
@@ -50,20 +51,24 @@ class Product:
         self.accesses: list[Access] = []
         for operand in (a, b):
             if isinstance(operand, Shared):
+                self.accesses.append(operand.begin("product", writes=False, generic=False))
                 operand.values("a product")
-                access = operand.begin("product", writes=False, generic=False)
-                self.accesses.append(access)
 
     def finish(self) -> None:
         """Compute, now that the partition waits for it."""
-        x, y = _values(self.a), _values(self.b)
-        data = x @ y
+        data = _product(_values(self.a), _values(self.b))
         if self.use_acc:
             before = self.acc.ready if isinstance(self.acc, Accumulator) else self.acc
             data = data + before.data
         self.out.ready = Tensor(data, self.out.dtype, self.out.layout)
         for access in self.accesses:
             access.finish()
+
+
+def _product(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # in pieces that OpenBLAS finds too small for threads, which would spin on cores others want
+    rows = min(len(x), max(1, _ONE_THREAD // y.size))
+    return (x.reshape(-1, rows, x.shape[1]) @ y).reshape(len(x), -1)
 
 
 def _values(operand: Any) -> np.ndarray:

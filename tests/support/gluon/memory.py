@@ -34,7 +34,8 @@ class Buffer:
 
     def __init__(self, size: int) -> None:
         self.bytes = np.full(size, 0xFF, np.uint8)
-        self.written = np.zeros(size, np.bool_)
+        self.written = np.zeros(size, np.uint8)  # in which form each byte was, 0 if never
+        self.forms = [""]
         self.log = Log(name_here("shared memory"))
         self.start = self.bytes.__array_interface__["data"][0]
         here().program.buffers.append(self)
@@ -48,13 +49,13 @@ class Shared:
         buffer: Buffer,
         dtype: Any,
         array: np.ndarray,
-        mask: np.ndarray,
+        written: np.ndarray,
         layout: Any,
-        width: int,
+        form: int,
     ) -> None:
         self.buffer, self.dtype, self.layout = buffer, dtype, layout
-        self.array, self.mask = array, mask  # mask: whether each byte was written, bytes innermost
-        self.width = width  # of the rows of the allocation or reinterpretation
+        self.array, self.written = array, written  # bytes of an element innermost
+        self.form = form  # which of the buffer's: dtype, width of rows
         self._region: Region | None = None
 
     @property
@@ -80,35 +81,35 @@ class Shared:
         """Bytes from the start of the buffer."""
         return self.region[1] - self.buffer.start
 
-    def _view(self, array: np.ndarray, mask: np.ndarray) -> Shared:
-        return Shared(self.buffer, self.dtype, array, mask, self.layout, self.width)
+    def _view(self, array: np.ndarray, written: np.ndarray) -> Shared:
+        return Shared(self.buffer, self.dtype, array, written, self.layout, self.form)
 
     def index(self, index: Any) -> Shared:
         at = number(index, "an index into shared memory")
         if not 0 <= at < self.array.shape[0]:
             raise fault(f"index {at} of {self.buffer.log.name}, which has {self.array.shape[0]}")
-        return self._view(self.array[at], self.mask[at])
+        return self._view(self.array[at], self.written[at])
 
     def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
         begin, size = number(start, "a slice's start"), constant(length, "a slice's length")
         if not 0 <= begin <= begin + size <= self.array.shape[dim]:
             raise fault(f"slice {begin}:{begin + size} of a dimension of {self.array.shape[dim]}")
         at = (slice(None),) * dim + (slice(begin, begin + size),)
-        return self._view(self.array[at], self.mask[at])
+        return self._view(self.array[at], self.written[at])
 
     def permute(self, order: Sequence[int]) -> Shared:
         return self._view(
-            self.array.transpose(order), self.mask.transpose((*order, self.array.ndim))
+            self.array.transpose(order), self.written.transpose((*order, self.array.ndim))
         )
 
     def reshape(self, shape: Sequence[int]) -> Shared:
         sizes = [constant(n, "a shape") for n in shape]
         if prod(sizes) != self.array.size:
             raise fault(f"reshape of {self.shape} to {sizes}")
-        array, mask = self.array.reshape(sizes), self.mask.reshape((*sizes, -1))
+        array, written = self.array.reshape(sizes), self.written.reshape((*sizes, -1))
         if not np.may_share_memory(array, self.array):
             raise fault(f"reshape of {self.shape} to {sizes} would move elements")
-        return self._view(array, mask)
+        return self._view(array, written)
 
     def reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
         sizes = [constant(n, "a shape") for n in shape]
@@ -133,14 +134,13 @@ class Shared:
             raise fault(f"a store of {value.dtype}{value.shape} to {self.dtype}{self.shape}")
         access = self.begin("store", writes=True, generic=True)
         self.array[...] = to_stored(np.asarray(value.data), self.dtype)
-        self.mask[...] = True
+        self.mark()
         access.finish()
         here().schedule.step()
 
     def begin(self, what: str, *, writes: bool, generic: bool) -> Access:
         """Note an access that begins now; the caller finishes it."""
         access = Access(what, self.region, writes=writes, generic=generic)
-        access.form = f"{self.dtype} in rows of {self.width}"
         self.buffer.log.enter(access)
         return access
 
@@ -152,9 +152,18 @@ class Shared:
 
     def values(self, what: str) -> np.ndarray:
         """The values as a register would hold them, however they are ordered."""
-        if not self.mask.all():
-            raise fault(f"{what} of shared memory that was never written ({self.buffer.log.name})")
+        if (self.written != self.form).any():
+            found = np.unique(self.written)
+            if not found[0]:
+                raise fault(f"{what} of memory that was never written, in {self.buffer.log.name}")
+            forms = self.buffer.forms
+            other = " and ".join(forms[i] for i in found if i != self.form)
+            raise fault(f"{what} as {forms[self.form]} of {other}, in {self.buffer.log.name}")
         return from_stored(self.array, self.dtype)
+
+    def mark(self) -> None:
+        """Written, or being written, in this view's form."""
+        self.written[...] = self.form
 
     def poison(self) -> None:
         """All ones: what a copy in flight may leave in the meantime."""
@@ -165,8 +174,11 @@ def _of_bytes(buffer: Buffer, offset: int, dtype: Any, shape: list[int], layout:
     stored = np.dtype(stored_as(dtype))
     size = prod(shape) * stored.itemsize
     array = buffer.bytes[offset : offset + size].view(stored).reshape(shape)
-    mask = buffer.written[offset : offset + size].reshape((*shape, stored.itemsize))
-    return Shared(buffer, dtype, array, mask, layout, shape[-1])
+    written = buffer.written[offset : offset + size].reshape((*shape, stored.itemsize))
+    form = f"{dtype} in rows of {shape[-1]}"
+    if form not in buffer.forms:
+        buffer.forms.append(form)
+    return Shared(buffer, dtype, array, written, layout, buffer.forms.index(form))
 
 
 def allocate_shared_memory(

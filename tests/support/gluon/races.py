@@ -25,7 +25,7 @@ class Access:
     """
 
     __slots__ = (
-        "actor", "array", "dense", "fence", "form", "generic", "high", "low",
+        "actor", "array", "dense", "fence", "generic", "high", "low",
         "task", "time", "what", "where", "writes",
     )  # fmt: skip
 
@@ -37,7 +37,6 @@ class Access:
         self.actor: int | None = None
         self.time = 0
         self.fence: int | None = None
-        self.form = ""  # how elements lie there, where that matters
 
     def finish(self) -> None:
         """Finished now, as far as the running partition's past tells."""
@@ -74,21 +73,15 @@ class Log:
     def enter(self, access: Access) -> None:
         """Check an access that begins now against earlier ones, and keep it."""
         clock = access.task.clock
-        keep, newest = [], None
+        keep = []
         for old in self.entries:
             if not _meet(access, old):
                 keep.append(old)
                 continue
             if access.writes or old.writes:
                 self._check(access, old, clock)
-                newest = old
             if not _outdated(old, access):
                 keep.append(old)
-        if newest is not None and not access.writes and newest.form != access.form:
-            raise fault(
-                f"{access.what} in {self.name} as {access.form} of what the {newest} wrote as "
-                f"{newest.form}"
-            )
         keep.append(access)
         self.entries = keep
 
