@@ -348,7 +348,8 @@ def backward_kv(
             [
                 (_gather_v, (dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
                 (_gather_k, (dk_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES, BLOCK_T, STAGES)),
+                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
+                         BLOCK_T, STAGES)),
             ],
             [4, 1],
             [COMPUTE, COPY],
@@ -358,7 +359,8 @@ def backward_kv(
             [
                 (_gather, (0, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
                 (_gather, (1, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES, BLOCK_T, STAGES)),
+                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
+                         BLOCK_T, STAGES)),
             ],
             [4, 1],
             [COMPUTE, COPY],

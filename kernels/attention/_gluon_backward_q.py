@@ -127,11 +127,11 @@ def _copy(
     for i in gl.static_range(2):
         load(rings.q, q_at, tile.b, tile.h, tile.begin + i * GROUP, i)
         load(rings.do, do_at, tile.b, tile.h, tile.begin + i * GROUP, i)
-    g, step = tile.h // groups, 0
-    for start in range(tile.lo, tile.hi, BLOCK_S):
+    g = tile.h // groups
+    for step in range(gl.cdiv(tile.hi - tile.lo, BLOCK_S)):
+        start = tile.lo + step * BLOCK_S
         fill(rings.k, k_at, tile.b, g, start, step, K_STAGES)
         fill(rings.v, v_at, tile.b, g, start, step, V_STAGES)
-        step += 1
 
 
 @jit
@@ -185,9 +185,10 @@ def _descend(
     q, do, k, v = rings
     dtype: gl.constexpr = q.memory[0].dtype
     dq = zeros(q.memory)
-    n = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(0, accumulator(BLOCK_S)))
-    n, step = gl.expand_dims(tile.lo + n, 0), 0
-    for start in range(tile.lo, tile.hi, BLOCK_S):
+    COLUMN: gl.constexpr = gl.SliceLayout(0, accumulator(BLOCK_S))
+    tiles = gl.cdiv(tile.hi - tile.lo, BLOCK_S)
+    for step in range(tiles):
+        start = tile.lo + step * BLOCK_S
         own = anew(INDEX, step)
         at_k, full_k = slot_of(step, K_STAGES)
         at_v, full_v = slot_of(step, V_STAGES)
@@ -196,20 +197,19 @@ def _descend(
         mbarrier.wait(v.full.index(at_v), full_v)
         dp = product(do.memory, own, v.memory, at_v)
         s = warpgroup_mma_wait(len(do.memory), deps=[s])
+        n = gl.expand_dims(start + gl.arange(0, BLOCK_S, layout=COLUMN), 0)
         z, factor, t = logits(s, rows, n, scores, SCORED, SOFTCAP, False)
         if (start < tile.whole_from) | (start + BLOCK_S > tile.whole_to):
             z = gl.where((n >= rows.first) & (n < rows.last), z, float("-inf"))
         _, slope = weights(z, factor, lse, t, SOFTCAP)
         # a wait that loops: without one here, ptxas waits for dp before the exponentials
         ahead, full_ahead = slot_of(step + 1, K_STAGES)
-        mbarrier.wait(k.full.index(ahead), full_ahead, pred=start + BLOCK_S < tile.hi)
+        mbarrier.wait(k.full.index(ahead), full_ahead, pred=step + 1 < tiles)
         dp, slope = warpgroup_mma_wait(0, deps=[dp, slope])
         mbarrier.arrive(v.empty.index(at_v), count=1)
         ds = (slope * (dp - delta)).to(dtype)
         dq, _ = landed(added(dq, ds, k.memory, at_k), ds)
         mbarrier.arrive(k.empty.index(at_k), count=1)
-        step += 1
-        n += BLOCK_S
     return dq
 
 
@@ -283,8 +283,10 @@ def backward_q(
     )
     gl.warp_specialize(
         [
-            (_compute, (0, dq_at, rings, own, call, SCORED, SOFTCAP, BLOCK_S, K_STAGES, V_STAGES, PASSES)),
-            (_compute, (1, dq_at, rings, own, call, SCORED, SOFTCAP, BLOCK_S, K_STAGES, V_STAGES, PASSES)),
+            (_compute, (0, dq_at, rings, own, call, SCORED, SOFTCAP, BLOCK_S, K_STAGES, V_STAGES,
+                        PASSES)),
+            (_compute, (1, dq_at, rings, own, call, SCORED, SOFTCAP, BLOCK_S, K_STAGES, V_STAGES,
+                        PASSES)),
             (_copy, (q_at, do_at, k_at, v_at, rings, own, groups, BLOCK_S, K_STAGES, V_STAGES)),
         ],
         [4, 1],
