@@ -13,6 +13,7 @@ from swathe.modeling import hf
 if TYPE_CHECKING:
     from swathe.modeling.hf import (
         attention_options,
+        forget_graphs,
         from_hf,
         generate,
         patch,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_options",
+    "forget_graphs",
     "from_hf",
     "generate",
     "patch",

@@ -110,6 +110,19 @@ class GenerationMixin:
             sequences = _Run(model, prompt, new, step, go, stop, streamer).all_tokens()
         return GenerateOutput(sequences=sequences) if return_dict else sequences
 
+    def new_cache(self, prompt: Prompt, room: int | None) -> Any:
+        """What the forwards of a call fill: of fixed room for so many tokens, growing for None."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        return DynamicCache(config=config) if room is None else StaticCache(config, room)
+
+    def why_uncaptured(self) -> str | None:
+        """What is in the way of a graph beside what is known of every model; None for nothing."""
+        return None
+
+    def step_settings(self) -> tuple[Any, ...]:
+        """What a step takes from the model beside its tensors and modules, to be compared."""
+        return ()
+
     def forget_graphs(self) -> None:
         """Free the graphs that `generate` keeps for later calls, and their caches."""
         forget_graphs(self)
@@ -135,7 +148,7 @@ class _Run:
         B, T = prompt.ids.shape
         self.model, self.prompt, self.step, self.go = model, prompt, step, go
         self.stop, self.streamer = stop, streamer
-        self.cache = DynamicCache(config=model.config) if step.cache is None else step.cache
+        self.cache = model.new_cache(prompt, None) if step.cache is None else step.cache
         self.start = self.length = T
         self.end = T + max_new_tokens
         self.mask: Tensor | None = None
@@ -151,7 +164,7 @@ class _Run:
             self.streamer.put(self.prompt.given.cpu())
         self.step.take(self._prefill())
         while self._goes_on():
-            if isinstance(self.cache, StaticCache):
+            if self.step.cache is not None:
                 self.go()
             else:
                 self.step.take(self._forward(self.cache, self.length - 1))
@@ -162,9 +175,9 @@ class _Run:
         times, cache = self.prompt.times, self.cache
         if times == 1:
             return self._forward(cache, 0)
-        if isinstance(cache, StaticCache) and cache.batch_size is not None:
+        if self.step.cache is not None and cache.batch_size is not None:
             # its buffers are a graph's, for all rows
-            few = StaticCache(self.model.config, self.start)
+            few = self.model.new_cache(self.prompt.distinct(), self.start)
             logits = self._forward(few, 0, times)
             few.batch_repeat_interleave(times)
             cache.take_over(few)
@@ -173,7 +186,7 @@ class _Run:
             cache.batch_repeat_interleave(times)
         return logits.repeat_interleave(times, 0)
 
-    def _forward(self, cache: DynamicCache | StaticCache, begin: int, every: int = 1) -> Tensor:
+    def _forward(self, cache: Any, begin: int, every: int = 1) -> Tensor:
         """Logits (B / every, V) after the newest token; the cache holds those before `begin`."""
         return last_logits(
             self.model,

@@ -20,10 +20,8 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from swathe.modeling.cache import StaticCache
 from swathe.modeling.generation.prompt import Prompt
 from swathe.modeling.generation.step import DecodeStep, Policy
 from swathe.modeling.layers.grouped import has_kernel
@@ -42,7 +40,7 @@ def captures(asked: bool | Literal["auto"], model: Any, cache: str | None) -> bo
     """
     if type(asked) is not bool and asked != "auto":
         raise ValueError(f"cuda_graph={asked!r}; allowed: 'auto', True, False")
-    reason = _hindrance(model, cache) if asked else None
+    reason = hindrance(model, cache) if asked else None
     if reason is not None and asked is True:
         raise ValueError(
             f"cuda_graph=True: {reason}; or pass cuda_graph='auto', which captures where it can"
@@ -50,7 +48,7 @@ def captures(asked: bool | Literal["auto"], model: Any, cache: str | None) -> bo
     return bool(asked) and reason is None
 
 
-def _hindrance(model: nn.Module, cache: str | None) -> str | None:
+def hindrance(model: Any, cache: str | None) -> str | None:
     """Why a step of this model cannot be captured, and what would help."""
     if cache != "static":
         return f"cache_implementation={cache!r} is no cache of fixed addresses; pass 'static'"
@@ -75,7 +73,8 @@ def _hindrance(model: nn.Module, cache: str | None) -> str | None:
                 f"{name} asks the device how many tokens each expert has; torch's grouped kernel, "
                 "which does not, needs bfloat16 weights with rows of a multiple of 16 bytes"
             )
-    return None
+    reason: str | None = model.why_uncaptured()
+    return reason
 
 
 @contextmanager
@@ -90,7 +89,7 @@ def decoding(
 ) -> Iterator[tuple[DecodeStep, Callable[[], None]]]:
     """A step for the rows of `prompt`, and what runs it: the step itself, or a graph's replay."""
     if not cuda_graph:
-        held = StaticCache(model.config, room) if cache == "static" else None
+        held = model.new_cache(prompt, room) if cache == "static" else None
         step = DecodeStep(policy, prompt, room, generator, held)
         yield step, lambda: step(model)
         return
@@ -118,7 +117,8 @@ class _Captured:
         self.key = key
         self.device = prompt.ids.device
         generator = torch.Generator(self.device)
-        self.step = DecodeStep(policy, prompt, room, generator, StaticCache(model.config, room))
+        cache = model.new_cache(prompt, room)
+        self.step = DecodeStep(policy, prompt, room, generator, cache)
         # a buffer of the model may remember its longest input
         before = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
@@ -165,16 +165,17 @@ class _Graphs:
         self.kept: dict[tuple[Any, ...], _Captured] = {}
         self.done: Any = None
 
-    def pop(self, model: nn.Module, policy: Policy, prompt: Prompt, room: int) -> _Captured:
+    def pop(self, model: Any, policy: Policy, prompt: Prompt, room: int) -> _Captured:
         """A captured step, which is no other call's while this one uses it."""
-        facts = _facts(model)
-        if facts != self.facts:
+        now = facts(model)
+        if now != self.facts:
             self.kept.clear()
-            self.facts = facts
+            self.facts = now
         if self.done is not None:
             # the last call may have used another stream
             torch.cuda.current_stream(prompt.ids.device).wait_event(self.done)
-        key = (prompt.ids.shape[0], room, policy, torch.get_float32_matmul_precision())
+        precision = torch.get_float32_matmul_precision()
+        key = (prompt.ids.shape[0], room, policy, prompt.holes, precision)
         if key in self.kept:
             return self.kept.pop(key)
         # memory is shared with a graph that is alive: what the last one leaves is freed
@@ -190,10 +191,10 @@ class _Graphs:
 
 
 # a graph holds addresses of its model and no reference to it
-_graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[Any, _Graphs] = WeakKeyDictionary()
 
 
-def _facts(model: nn.Module) -> tuple[Any, ...]:
+def facts(model: Any) -> tuple[Any, ...]:
     """What a step takes from a model once and for all."""
     tensors = chain(model.parameters(), model.buffers())
     where = [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
@@ -201,7 +202,7 @@ def _facts(model: nn.Module) -> tuple[Any, ...]:
         (type(m), m.training, getattr(m, "choice", None), *m._forward_pre_hooks, *m._forward_hooks)
         for m in model.modules()
     ]
-    return *where, *what
+    return *where, *what, *model.step_settings()
 
 
 def _default(device: torch.device) -> torch.Generator:

@@ -40,7 +40,7 @@ class Int8Model:
     """A model whose projections compute with `int8` while it is called."""
 
     def __init__(self, model: Any, int8: Mapping[nn.Module, Int8]) -> None:
-        self.model, self.config, self.int8 = model, model.config, int8
+        self.model, self.int8, self.new_cache = model, int8, model.new_cache
 
     def __call__(self, **arguments: Any) -> Any:
         """The model's outputs."""

@@ -67,19 +67,20 @@ def _listed(value: Any) -> list[Any]:
 class Prompt:
     """`ids` (B, T) int64, every row ending in a token; `given` (B, T), the caller's own order.
 
-    `mask` (B, T) int64 of 0 and 1 belongs to `ids`; None when nothing is padding. Every `times`
-    rows are equal.
+    `mask` (B, T) int64 of 0 and 1 belongs to `ids`; None when nothing is padding. `holes`: some of
+    it lies between tokens. Every `times` rows are equal.
     """
 
     ids: Tensor
     mask: Tensor | None
     given: Tensor
     times: int = 1
+    holes: bool = False
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor | None = None) -> Prompt:
+    def of(cls, ids: Tensor, mask: Tensor | None = None, holes: bool = False) -> Prompt:
         """A prompt to use as it is, which has no padding on the right."""
-        return cls(ids, mask, ids)
+        return cls(ids, mask, ids, holes=holes)
 
     @classmethod
     def moved_left(cls, ids: Tensor, mask: Tensor) -> Prompt:
@@ -93,7 +94,12 @@ class Prompt:
             return self
         ids, given = (t.repeat_interleave(times, 0) for t in (self.ids, self.given))
         mask = None if self.mask is None else self.mask.repeat_interleave(times, 0)
-        return Prompt(ids, mask, given, times)
+        return Prompt(ids, mask, given, times, self.holes)
+
+    def distinct(self) -> Prompt:
+        """Every row once."""
+        mask = None if self.mask is None else self.mask[:: self.times]
+        return Prompt(self.ids[:: self.times], mask, self.given[:: self.times], 1, self.holes)
 
 
 def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialTokens) -> Prompt:
@@ -110,8 +116,9 @@ def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialToken
         )
     mask = mask.to(ids.device)
     real = mask == 1
-    facts = ((real | (mask == 0)).all(), real.all(), real.any(1).all(), real[:, -1].all())
-    legal, full, no_row_empty, ends_in_tokens = torch.stack(facts).tolist()
+    holes = (real[:, :-1] & ~real[:, 1:]).any()
+    facts = ((real | (mask == 0)).all(), real.all(), real.any(1).all(), real[:, -1].all(), holes)
+    legal, full, no_row_empty, ends_in_tokens, with_holes = torch.stack(facts).tolist()
     if not legal:
         raise ValueError("attention_mask holds values other than 0 and 1; 1 marks a token to read")
     if full:
@@ -127,7 +134,9 @@ def read_prompt(model: Any, ids: Any, mask: Tensor | None, special: SpecialToken
             "the rows of attention_mask have unequal padding, and neither the call nor the model's "
             "configs name a pad_token_id or eos_token_id; pass pad_token_id"
         )
-    return Prompt.of(ids, real.long()) if ends_in_tokens else Prompt.moved_left(ids, real.long())
+    if not ends_in_tokens:
+        return Prompt.moved_left(ids, real.long())
+    return Prompt.of(ids, real.long(), with_holes)
 
 
 def _ids(model: Any, ids: Any) -> Tensor:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swathe.modeling.cache import DynamicCache, StaticCache
 from swathe.modeling.generation.prompt import Prompt
 from swathe.modeling.generation.repetition import RepetitionPenalty
 from swathe.modeling.generation.sampling import NEVER, Sampling, greedy, sample
@@ -45,7 +44,7 @@ class DecodeStep:
 
     sequences (B, room): the prompt, then a token a step. token (B, 1): the newest. ended (B,).
     lengths (B,): tokens up to and with a row's last. column (1,): where the next token goes.
-    `cache` is the one that calls of the step write to; `take` needs none.
+    `cache` is the one of fixed room that calls of the step write to; `take` needs none.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class DecodeStep:
         prompt: Prompt,
         room: int,
         generator: torch.Generator | None,
-        cache: StaticCache | None,
+        cache: Any,
     ) -> None:
         B, device = prompt.ids.shape[0], prompt.ids.device
         self.policy, self.generator, self.cache = policy, generator, cache
@@ -118,7 +117,7 @@ class DecodeStep:
 def last_logits(
     model: Any,
     ids: Tensor,
-    cache: DynamicCache | StaticCache,
+    cache: Any,
     mask: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:

@@ -3,6 +3,7 @@
     with_generate(model)      gives one of our models transformers' `generate`
     without_generate(model)   takes it away again
     generate(model, ids)      our decoding loop for models of either kind
+    forget_graphs(model)      free the decode steps that it has captured
     from_hf(model)            our model over the weights of one of transformers'
     to_hf(model)              transformers' model over the weights of one of ours
     attention_options(...)    what attn_implementation="swathe" and "triton" do where they cannot
@@ -24,7 +25,7 @@ from swathe.modeling.hf.registration import register
 
 if TYPE_CHECKING:
     from swathe.modeling.hf.attention import attention_options
-    from swathe.modeling.hf.decode import generate
+    from swathe.modeling.hf.decode import forget_graphs, generate
     from swathe.modeling.hf.equivalence import verify
     from swathe.modeling.hf.generation import with_generate, without_generate
     from swathe.modeling.hf.patching.api import patch, unpatch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "attention_options": "attention",
+    "forget_graphs": "decode",
     "from_hf": "share",
     "generate": "decode",
     "patch": "patching.api",
@@ -46,6 +48,7 @@ _HOME = {
 
 __all__ = [
     "attention_options",
+    "forget_graphs",
     "from_hf",
     "generate",
     "patch",

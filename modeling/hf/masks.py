@@ -16,7 +16,8 @@ Recognised  transformers' own functions, by their code, and what they are closed
             full, sliding, chunked, packed, and several of them at once. Any other is evaluated once
             on all pairs; where its rows are intervals (blocks of image tokens) they are kept.
 Padding     on a CPU it is looked at and becomes part of the intervals. On a GPU nothing waits for
-            the device: its outline becomes part of them, and the flags are handed on.
+            the device: its outline becomes part of them, and the flags are handed on, unless the
+            caller knows that the outline is all of it (`unbroken_padding`).
 Tracing     a graph cannot read what a function is closed over: it evaluates the function, in a
             reduction that compilers fuse, and asserts at run time that rows are intervals.
 """
@@ -24,7 +25,9 @@ Tracing     a graph cannot read what a function is closed over: it evaluates the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -39,6 +42,7 @@ MaskFunction = Callable[..., Any]
 Part = tuple[str, dict[str, Any]]  # a kind of mask, and what its function is closed over
 Seen = tuple[Tensor | None, Tensor | None]  # the first key and the one past the last, (1 or B, T)
 
+_unbroken: ContextVar[bool] = ContextVar("unbroken_padding", default=False)
 _UNPACKED = {"causal", "full", "window", "around", "chunk"}
 # kinds of layers that work on the mask: they choose keys by it, or append to it
 _ON_MASKS = {
@@ -91,6 +95,16 @@ def interval_mask(
     return _carrier(seen, _held(attention_mask, S, kv_offset), B, T, S, device)
 
 
+@contextmanager
+def unbroken_padding() -> Iterator[None]:
+    """Promise that padding only stands before and after the tokens of each row, in this block."""
+    token = _unbroken.set(True)
+    try:
+        yield
+    finally:
+        _unbroken.reset(token)
+
+
 def intervals_of(mask: Tensor, T: int, S: int) -> Mask:
     """The Mask that an int32 tensor of this module means, for T queries and S keys.
 
@@ -117,7 +131,8 @@ def _carrier(
     if held is not None:
         begin, end, holes = _outline(held, S)
         first, last = torch.maximum(first, begin), torch.minimum(last, end)
-        if looked_at(held) and not bool(holes.any()):
+        promised = not torch.compiler.is_compiling() and _unbroken.get()
+        if promised or (looked_at(held) and not bool(holes.any())):
             held = None
     # two planes, so that a kernel reads each bound in place
     planes = torch.stack((first.expand(B, T), last.expand(B, T))).int()

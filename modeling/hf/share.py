@@ -39,7 +39,7 @@ def from_hf(
             f"from_hf: got a {type(model).__name__}; it takes a transformers.PreTrainedModel. "
             "Unwrap it first (a PEFT model: merge_and_unload(); a DDP model: .module)"
         )
-    _refuse_hooks(model)
+    refuse_hooks(model)
     chosen = _ours(type(model).__name__, model.config.model_type)
     values = model.config.to_dict()
     values["tie_word_embeddings"] = _is_tied(model)
@@ -72,7 +72,7 @@ def to_hf(
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"to_hf: got a {type(model).__name__}; it takes a swathe.PreTrainedModel")
-    _refuse_hooks(model)
+    refuse_hooks(model)
     name, kind = type(model).__name__, model.config.model_type
     chosen = getattr(transformers, name, None)
     if chosen is None or kind not in transformers.CONFIG_MAPPING:
@@ -123,7 +123,8 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _refuse_hooks(model: nn.Module) -> None:
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise ValueError for a model with hooks, which another one would not run."""
     for name, module in model.named_modules():
         hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         if any(hooks) or "_hf_hook" in vars(module):

@@ -7,12 +7,10 @@ import weakref
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 import swathe
 from support.families import FAMILIES, pair, tokens
-from swathe.modeling.errors import ConfigError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,10 +80,3 @@ def test_our_own_models_too() -> None:
     ids = tokens(1)
     expected = ours.generate(ids, max_new_tokens=3)
     assert torch.equal(swathe.generate(ours, ids, max_new_tokens=3), expected)
-
-
-def test_other_families_are_sent_to_their_own() -> None:
-    small = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 9}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small))
-    with pytest.raises(ConfigError, match=r"no GPT2LMHeadModel .*swathe\.patch"):
-        swathe.generate(model, tokens(1))
