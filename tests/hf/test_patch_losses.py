@@ -280,7 +280,9 @@ def test_every_reason_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         (row,) = loss_only(tiny("llama"), backend="auto").left
         # interpreted, Triton runs on a CPU as well, where it is named
-        assert re.fullmatch(r"no fused backend serves it: triton runs on (cpu and )?cuda", row.reason)
+        assert re.fullmatch(
+            r"no fused backend serves it: triton runs on (cpu and )?cuda", row.reason
+        )
     alone = {LAZY: {"eager": registry.registered(LAZY)["eager"]}}
     monkeypatch.setattr(registry, "_backends", alone)
     picked = registry.Choice(LAZY, "eager", print, frozenset(), "auto", {})
