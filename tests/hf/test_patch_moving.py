@@ -1,4 +1,4 @@
-"""A patched model that is moved to another dtype or device is proven there, or runs its own code."""
+"""A patched model that moves to another dtype or device is proven there, or runs its own code."""
 
 from __future__ import annotations
 
