@@ -43,8 +43,8 @@ class Check:
 class Verification:
     """Every check, in the model's order. True if all of them passed; printing it gives a table.
 
-    `unused` are patched modules, "path (op)", that no kernel served on this batch: it does not reach
-    them, as text does no vision tower, or they are called in a way that goes to their own forward.
+    `unused` are patched modules, "path (op)", that no kernel served on this batch: it does not
+    reach them, as text does no vision tower, or calls them in a way that is for their own forward.
     """
 
     checks: tuple[Check, ...]
