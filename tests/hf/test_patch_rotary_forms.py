@@ -16,7 +16,9 @@ from support.hf_patching import (
     counted,
 )
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 from swathe.modeling.hf.patching import rotary_forms, rotations
 from swathe.modeling.hf.patching.rotary_forms import RotaryFunction, Turning, read
