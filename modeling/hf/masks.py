@@ -47,8 +47,8 @@ _ON_MASKS = {
     "heavily_compressed_attention",
     "minimax_m3_sparse",
 }
-# models where more than the attention interface takes the mask: a router; a choice of keys, of which
-# transformers 5.10 says nothing in `layer_types`; attention of their own
+# models where more than the attention interface takes the mask: a router; a choice of keys that
+# transformers 5.10 does not say in `layer_types`; attention of their own
 _ALSO_ON_MASKS = {"nllb-moe", "doge", "glm_moe_dsa", "bigbird_pegasus", "git"}
 
 
