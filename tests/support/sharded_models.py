@@ -104,7 +104,7 @@ def _tensor_parallel(folder: Path, model_type: str, first: str) -> dict[str, Any
     `first` is "creation" for `swathe.patch(model_type)`, else it is patched after loading.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     config = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
 
@@ -170,7 +170,7 @@ def _torchs(model: Any, **layouts: Any) -> Any:
         plan["self_attn.o_proj"] = joined
     for layer in model.model.layers:
         parallelize_module(layer, mesh, plan)
-    ends = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    ends: dict[str, Any] = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
     if layouts:
         return parallelize_module(
             model, mesh, {**ends, "model.embed_tokens": RowwiseParallel(**layouts)}
@@ -182,7 +182,7 @@ def _torchs(model: Any, **layouts: Any) -> Any:
 
 def _transformers(model: Any) -> Any:
     """What from_pretrained does with tp_plan="auto", on a model that has its weights."""
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     config, _, mesh = model.prepare_distribute_model(
         DistributedConfig(tp_size=PROCESSES, tp_plan="auto"), None
