@@ -36,7 +36,10 @@ def main(given: list[str]) -> int:
         parser.error(f"{asked.script}: there is no such file")
     options = {name: getattr(asked, name) for name in SWITCHES}
     types = {"all": True} if asked.model_type is None else {"model": tuple(asked.model_type)}
-    creation = swathe.patch(**types, **options, backend=asked.backend)
+    try:
+        creation = swathe.patch(**types, **options, backend=asked.backend)
+    except ValueError as error:
+        parser.error(str(error))
     sys.argv = [str(asked.script), *asked.arguments]
     sys.path[0] = str(asked.script.resolve().parent)
     try:

@@ -23,6 +23,7 @@ from swathe.kernels.core.errors import did_you_mean
 from swathe.modeling.hf.comparison import Measured, compare_gradients, compare_values
 from swathe.modeling.hf.references import as_it_was, referring, same_parameters
 from swathe.modeling.hf.runs import Batch, Run, differentiated, evaluated, settle_mode, yardstick
+from swathe.modeling.hf.usage import observed
 from swathe.modeling.hf.verification import Check, Verification
 
 # as transformers names what a loss needs
@@ -50,6 +51,7 @@ def verify(
     vanished or appeared (a bypassed adapter is named), NaN or infinity, an output that is missing
     or has another dtype or shape, a parameter that differs or changes, and padding that is looked
     at: tokens that attention_mask hides are replaced, which must not move outputs of real ones.
+    Patched modules that ran no kernel of ours on this batch are named; that is no failure.
 
     Memory: activations of one run (gradient checkpointing is off meanwhile), gradients of the model
     and its reference, and parameters and gradients of the yardstick, which is the reference in
@@ -72,7 +74,8 @@ def _verify(model: nn.Module, other: nn.Module, given: bool, batch: Batch) -> Ve
         theirs = _run(other, batch, names)
         gold, measure = yardstick(other, batch, names)
         theirs_moved = _moved(other, batch, theirs)
-    ours = _run(model, batch, names)
+    with observed() as usage:
+        ours = _run(model, batch, names)
     ours_moved = _moved(model, batch, ours)
     notes = list(batch.notes)
     measured = Measured(ours, theirs, gold, batch.real)
@@ -84,7 +87,7 @@ def _verify(model: nn.Module, other: nn.Module, given: bool, batch: Batch) -> Ve
         for name in ours.changed
         if name not in theirs.changed
     ]
-    return Verification(tuple(checks), said, measure, tuple(notes))
+    return Verification(tuple(checks), said, measure, tuple(notes), usage.unused(model))
 
 
 def _run(model: nn.Module, batch: Batch, names: list[str]) -> Run:

@@ -51,8 +51,9 @@ _ON_MASKS = {
     "heavily_compressed_attention",
     "minimax_m3_sparse",
 }
-# models where more than the attention interface takes the mask: a router; attention of their own
-_ALSO_ON_MASKS = {"nllb-moe", "bigbird_pegasus", "git"}
+# models where more than the attention interface takes the mask: a router; a choice of keys that
+# transformers 5.10 does not say in `layer_types`; attention of their own
+_ALSO_ON_MASKS = {"nllb-moe", "doge", "glm_moe_dsa", "bigbird_pegasus", "git"}
 
 
 def interval_mask(

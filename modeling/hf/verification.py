@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SCHEMA = 1
+_NAMED = 5  # of the unused modules, in print
 
 
 class VerificationError(AssertionError):
@@ -40,12 +41,17 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """Every check, in the model's order. True if all of them passed; printing it gives a table."""
+    """Every check, in the model's order. True if all of them passed; printing it gives a table.
+
+    `unused` are patched modules, "path (op)", that no kernel served on this batch: it does not
+    reach them, as text does no vision tower, or calls them in a way that is for their own forward.
+    """
 
     checks: tuple[Check, ...]
     reference: str
     yardstick: str
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -88,6 +94,7 @@ class Verification:
             "yardstick": self.yardstick,
             "checks": [{key: _plain(value) for key, value in row.items()} for row in rows],
             "notes": list(self.notes),
+            "unused": list(self.unused),
         }
 
     def to_json(self) -> str:
@@ -106,7 +113,15 @@ class Verification:
         ]
         failed = f"{len(self.failures)} of {len(self.checks)} checks failed"
         total = f"{failed}, against {self.reference}; errors are distances from {self.yardstick}"
-        return "\n".join([*lines, total, *self.notes])
+        return "\n".join([*lines, total, *self.notes, *self._unused()])
+
+    def _unused(self) -> list[str]:
+        if not self.unused:
+            return []
+        rest = len(self.unused) - _NAMED
+        more = f" and {rest} more" if rest > 0 else ""
+        names = ", ".join(self.unused[:_NAMED])
+        return [f"patched, yet served by no kernel of swathe on this batch: {names}{more}"]
 
 
 def _short(value: float | None) -> str:

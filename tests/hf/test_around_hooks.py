@@ -13,6 +13,7 @@ import swathe.hf
 from support.hf_around import BACKENDS, MODELS, fully, ops_of, step, training
 from support.hf_patching import assert_equal
 from support.tiny_causal import batch
+from swathe.modeling.hf import references
 
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
@@ -132,3 +133,38 @@ def hang_loader(part: nn.Module) -> None:
 
     part.register_forward_pre_hook(load)
     part.register_forward_hook(drop)
+
+
+def wrapped(module: nn.Module) -> None:
+    """As transformers' tensor parallelism does it: `forward` is put into the instance."""
+    before = module.forward
+
+    def outer(*args: Any, **kwargs: Any) -> Any:
+        calls.append(type(module).__name__)
+        return outer(*args) if args == ("never",) else before(*args, **kwargs)
+
+    calls: list[str] = []
+    module.calls = calls  # type: ignore[assignment]
+    module.forward = outer
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_forwards_that_are_wrapped_after_the_patch_lose_ours_with_it(
+    model_type: str, backend: str
+) -> None:
+    own, model = step(training(model_type)), training(model_type)
+    fully(model, backend)
+    kinds = ("", "lm_head", "model.norm", "model.layers.0.self_attn", "model.layers.1.mlp")
+    parts = [part for path, part in model.named_modules() if path in kinds]
+    for part in parts:
+        wrapped(part)
+    assert_equal(step(model), own)
+    inside = {part: vars(part)["forward"] for part in parts}
+    with references.referring(model, None):
+        assert all(torch.equal(found, own[name]) for name, found in step(model).items())
+    assert inside == {part: vars(part)["forward"] for part in parts}
+    swathe.hf.unpatch(model)
+    again = step(model)
+    assert all(torch.equal(found, own[name]) for name, found in again.items())
+    assert all(len(part.calls) == 3 for part in parts)

@@ -1,4 +1,4 @@
-"""A patched model spread over two gloo processes by FSDP2, and by transformers' tp_plan="auto"."""
+"""A patched model spread over two gloo processes: by FSDP2, tp_plan="auto", and plans by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the mesh is of CPUs"),
 ]
 
-
+_NEWER = find_spec("transformers.distributed.tensor_parallel") is not None
 FSDP = (
     ("llama", "patch", "auto"),
     ("llama", "patch", "eager"),
@@ -28,6 +28,7 @@ FSDP = (
     ("qwen3", "patch", "auto"),
 )
 TENSORS = tuple(product(("llama", "qwen3"), ("creation", "tensor parallelism")))
+HAND = tuple(product(("llama", "qwen3"), sharded_models.SPREAD, ("auto", "eager")))
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,18 @@ def spread_by_fsdp(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def spread_by_tensors(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    if find_spec("transformers.distributed.tensor_parallel") is None:
+    if not _NEWER:
         pytest.skip("this transformers shards otherwise")
     folder = tmp_path_factory.mktemp("tensors")
     for model_type in dict(TENSORS):
         training(model_type).save_pretrained(folder / model_type)
     return on_two(sharded_models.tensor_parallel, folder, TENSORS)
+
+
+@pytest.fixture(scope="module")
+def spread_by_hand(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    cases = [case for case in HAND if case[1] != "transformers" or _NEWER]
+    return on_two(sharded_models.by_hand, tmp_path_factory.mktemp("hand"), tuple(cases))
 
 
 @pytest.mark.parametrize("case", FSDP, ids="-".join)
@@ -75,3 +82,22 @@ def test_tensor_parallelism_gives_what_one_process_gives(
         assert_equal(result["own"], one, 1e-4)
         assert_equal(result["found"], one, 1e-4)
         assert any(row["action"] == "patched" for row in result["report"]["rows"])
+
+
+@pytest.mark.parametrize("case", HAND, ids="-".join)
+def test_a_plan_by_hand_after_the_patch_gives_what_it_gives_without(
+    case: tuple[str, str, str], spread_by_hand: list[Any]
+) -> None:
+    model_type, plan, _ = case
+    if case not in spread_by_hand[0]:
+        pytest.skip("this transformers shards otherwise")
+    one = sharded_models.outcome(training(model_type))
+    for both in spread_by_hand:
+        found = both[case]
+        if plan == "no layout":  # torch refuses plain tokens for a DTensor, patched or not
+            assert "embedding.default got mixed" in found["own"]
+            assert found["found"] == found["undone"] == found["own"]
+            continue
+        assert_equal(found["own"], one, 1e-4)
+        assert_equal(found["found"], one, 1e-4)
+        assert_equal(found["undone"], found["own"], 0.0)

@@ -143,10 +143,20 @@ def test_the_import(tmp_path: Path) -> None:
     assert run.stdout.strip() == "__main__ [] True", run.stderr
 
 
-def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["no_such.py"], "no_such.py: there is no such file"),
+        (["--model-type", "lama", __file__], "no model_type 'lama' (did you mean 'llama'?)"),
+        (["--backend", "cp", __file__], "backend='cp' (did you mean 'cpp'?)"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from swathe import run
 
     with pytest.raises(SystemExit) as stop:
-        run.main(["no_such.py"])
+        run.main(given)
     assert stop.value.code == 2
-    assert "no_such.py: there is no such file" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

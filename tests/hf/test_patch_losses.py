@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from support.tiny_causal import OWN, TINY, V, batch, loss_only, outcome, step, tiny, with_lora
+from swathe.kernels.core import registry
+from swathe.modeling.hf.patching.admission import chosen
 from swathe.modeling.hf.patching.lazy_logits import LazyLogits
 
 LAZY, REAL = "linear_cross_entropy", "cross_entropy"
@@ -271,3 +274,17 @@ def test_other_losses_are_left_alone() -> None:
         report = loss_only(model)
         assert not report.patched and reason in report.left[0].reason, report
         assert vars(model) == before
+
+
+def test_every_reason_says_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        (row,) = loss_only(tiny("llama"), backend="auto").left
+        # interpreted, Triton runs on a CPU as well, where it is named
+        assert re.fullmatch(
+            r"no fused backend serves it: triton runs on (cpu and )?cuda", row.reason
+        )
+    alone = {LAZY: {"eager": registry.registered(LAZY)["eager"]}}
+    monkeypatch.setattr(registry, "_backends", alone)
+    picked = registry.Choice(LAZY, "eager", print, frozenset(), "auto", {})
+    _, reason = chosen(lambda _: picked, LAZY, "auto")
+    assert reason == f"no fused backend serves it: {LAZY} has none"

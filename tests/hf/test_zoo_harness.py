@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from support import hf_zoo_coverage
 from support.hf_zoo import build
 from support.hf_zoo_coverage import (
     LEFT,
@@ -77,8 +78,21 @@ def test_what_is_listed_is_in_the_zoo() -> None:
         (Verdict(PASSED, note="2 patched, 2 left"), "passed: 3 patched, 1 left", True),
     ],
 )
-def test_the_list_decides(verdict: Verdict, expected: str | None, fails: bool) -> None:
+def test_the_list_decides(
+    verdict: Verdict, expected: str | None, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        hf_zoo_coverage, "listed", lambda: {"transformers": transformers.__version__}
+    )
     assert (judge(verdict, expected) is not None) == fails
+
+
+def test_how_much_is_patched_is_known_of_the_lists_transformers_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hf_zoo_coverage, "listed", lambda: {"transformers": "another"})
+    assert judge(Verdict(PASSED, note="2 patched, 2 left"), "passed: 3 patched, 1 left") is None
+    assert judge(Verdict(WRONG, "off"), "passed: 3 patched, 1 left") is not None
 
 
 def test_types_that_lack_a_run_say_why() -> None:

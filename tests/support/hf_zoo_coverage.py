@@ -141,8 +141,18 @@ def summary(reports: Iterable[Any]) -> list[str]:
 
 
 def listed() -> dict[str, Any]:
-    """The committed list: {kind: {type: {treatment: verdict}}}, and its transformers."""
-    return json.loads(LIST.read_text()) if LIST.exists() else {}
+    """The committed list: {kind: {type: {treatment: verdict}}}, and its transformers.
+
+    What ends otherwise in an older one that is tested too stands in coverage-<major.minor>.json.
+    """
+    made = json.loads(LIST.read_text()) if LIST.exists() else {}
+    minor = ".".join(transformers.__version__.split(".")[:2])
+    older = LIST.with_name(f"{LIST.stem}-{minor}.json")
+    if older.exists() and transformers.__version__ != made.get("transformers"):
+        for kind, types in json.loads(older.read_text()).items():
+            for name, verdicts in types.items():
+                made.setdefault(kind, {}).setdefault(name, {}).update(verdicts)
+    return made
 
 
 def absent(entry: Entry) -> str | None:
@@ -208,6 +218,8 @@ def table(given: Iterable[tuple[str, str, str, Verdict]]) -> list[str]:
 def update(names: Collection[str], treatments: Collection[str]) -> list[str]:
     """Examine the types and rewrite the list; returns its table."""
     made = listed()
+    if made.get("transformers", transformers.__version__) != transformers.__version__:
+        raise SystemExit(f"{LIST.name} is of transformers {made['transformers']}: install that")
     rows = []
     for kind, entries in ZOO.items():
         for name, entry in entries.items():

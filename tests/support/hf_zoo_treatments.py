@@ -68,6 +68,17 @@ def _unpatch(model: Any) -> None:
     swathe.unpatch(model)
 
 
+def _triton(model: Any) -> str:
+    import_module("swathe.hf")
+    model.set_attn_implementation("triton")
+    return _summary(swathe.patch(model, backend="triton"))
+
+
+def _triton_undo(model: Any) -> None:
+    swathe.unpatch(model)
+    model.set_attn_implementation("eager")
+
+
 def _norms(model: nn.Module) -> list[Any]:
     """Modules with "norm" in their class's name and a weight of one dimension."""
     return [
@@ -147,6 +158,8 @@ TREATMENTS = {
         Treatment("loss", _patch(**ONLY_LOSS), _unpatch, ("plain", "loss"), missing=LOSSES),
     )
 }
+# Every Triton kernel that a model has a place for; interpreted, this is for a few types alone.
+TRITON = Treatment("triton", _triton, _triton_undo, missing=_ours("patching", "patch"))
 # Mistakes that must be found, each with what it should be found by.
 PLANTED = {
     one.name: one

@@ -11,7 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from support.hf_around import training
 from support.tiny_causal import batch
@@ -99,7 +104,7 @@ def _tensor_parallel(folder: Path, model_type: str, first: str) -> dict[str, Any
     `first` is "creation" for `swathe.patch(model_type)`, else it is patched after loading.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     config = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
 
@@ -117,6 +122,79 @@ def _tensor_parallel(folder: Path, model_type: str, first: str) -> dict[str, Any
         model = loaded()
         report = patch(model)
     return {"found": outcome(model), "own": outcome(plain), "report": report.to_dict()}
+
+
+def by_hand(rank: int, folder: Path, cases: tuple[tuple[str, str, str], ...]) -> dict[Any, Any]:
+    """What `_by_hand` finds, by case."""
+    return {case: _by_hand(*case) for case in cases}
+
+
+def _by_hand(model_type: str, plan: str, backend: str) -> dict[str, Any]:
+    """Logits, loss and gradients of a model that a plan of ours spreads, patched before or never.
+
+    "found" is of the patched model, "own" of one without a patch, "undone" of the first one,
+    unpatched; a text is the error that was raised instead.
+    """
+    result = {}
+    for name in ("found", "own"):
+        model = training(model_type)
+        if name == "found":
+            patch(model, backend=backend)
+        model = SPREAD[plan](model)
+        result[name] = _tried(model)
+        if name == "found":
+            unpatch(model)
+            result["undone"] = _tried(model)
+    return result
+
+
+def _tried(model: Any) -> dict[str, torch.Tensor] | str:
+    model.zero_grad()
+    try:
+        return outcome(model)
+    except RuntimeError as error:
+        return str(error)
+
+
+def _torchs(model: Any, **layouts: Any) -> Any:
+    """torch's parallelize_module: heads and features of MLPs, the vocabulary of embedding and head.
+
+    `layouts` are the embedding's.
+    """
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    split, joined = ColwiseParallel(), RowwiseParallel()
+    plan: dict[str, Any] = {f"mlp.{name}_proj": split for name in ("gate", "up")}
+    plan["mlp.down_proj"] = joined
+    if not hasattr(model.model.layers[0].self_attn, "q_norm"):  # of whose gradient each has a part
+        plan |= {f"self_attn.{name}_proj": split for name in "qkv"}
+        plan["self_attn.o_proj"] = joined
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    ends: dict[str, Any] = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+    if layouts:
+        return parallelize_module(
+            model, mesh, {**ends, "model.embed_tokens": RowwiseParallel(**layouts)}
+        )
+    weight = distribute_tensor(model.model.embed_tokens.weight.detach(), mesh, [Replicate()])
+    model.model.embed_tokens.weight = torch.nn.Parameter(weight)
+    return parallelize_module(model, mesh, ends)
+
+
+def _transformers(model: Any) -> Any:
+    """What from_pretrained does with tp_plan="auto", on a model that has its weights."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    config, _, mesh = model.prepare_distribute_model(
+        DistributedConfig(tp_size=PROCESSES, tp_plan="auto"), None
+    )
+    return model.maybe_distribute_model(model, config, mesh)
+
+
+SPREAD: dict[str, Callable[[Any], Any]] = {
+    "torch": lambda model: _torchs(model, input_layouts=Replicate()),
+    "no layout": _torchs,
+    "transformers": _transformers,
+}
 
 
 def outcome(model: Any) -> dict[str, torch.Tensor]:

@@ -59,9 +59,19 @@ def chosen(resolve: Callable[[str], Choice], op: str, backend: str) -> tuple[str
     except (BackendUnavailable, UnsupportedFeature) as error:
         return "", str(error)
     if backend == AUTO and choice.backend == "eager":
-        passed = "; ".join(f"{name} {', '.join(why)}" for name, why in choice.skipped.items())
-        return "", f"no fused backend serves it{': ' if passed else ' here'}{passed}"
+        passed = [f"{name} {', '.join(why)}" for name, why in choice.skipped.items()]
+        return "", f"no fused backend serves it: {'; '.join(passed or _untried(op))}"
     return choice.backend, None
+
+
+def _untried(op: str) -> list[str]:
+    """Where the fused backends are used that "auto" does not even try on this device."""
+    found = [
+        f"{name} runs on {' and '.join(sorted(backend.capabilities.devices))}"
+        for name, backend in registered(op).items()
+        if name != "eager"
+    ]
+    return found or [f"{op} has none"]
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -41,7 +41,9 @@ def patch(
     and `fused_linear_cross_entropy` (True) or `cross_entropy` (False) say which forms are looked
     for. `backend` is "auto", or the name of a backend that must serve (modules that it cannot serve
     are left alone). A model that is patched already stays as it is: unpatch it first to patch it
-    otherwise. Patch before FSDP2 or tensor parallelism shards a model.
+    otherwise. One that is moved (`to`, `half`, `cuda`) is proven and patched anew where it goes,
+    with a warning if something lost its kernel. Patch before FSDP2 or tensor parallelism shards a
+    model.
 
     Models that are made later are watched for by a Creation, which holds their reports, ends with
     `unpatch`, its `stop()` or a `with`, and leaves models that exist alone.

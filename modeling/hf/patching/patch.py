@@ -9,12 +9,14 @@ forward; what holds is swapped through one ledger, kept on the model, that undoe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Unpack
+from typing import Any, Unpack
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel as HFModel
 
@@ -36,6 +38,8 @@ FINDERS: tuple[Callable[[nn.Module, Options], list[Candidate]], ...] = (
     rotations.find,
     layers.find,
 )
+
+logger = logging.getLogger(__name__)
 
 _KEPT = "_swathe_patch"
 # a proof holds for every module with the same key, of this model or another
@@ -65,8 +69,13 @@ def patch(model: nn.Module, **given: Unpack[PatchOptions]) -> Report:
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     report = Report(tuple(sorted(rows, key=lambda row: order.get(row.path, 0))))
     if undo.changes:
-        vars(_keeper(model, undo))[_KEPT] = _Patch(undo, report)
+        _keep(_keeper(model, undo), undo, report, given)
     return report
+
+
+def _keep(holder: nn.Module, undo: Undo, report: Report, given: PatchOptions) -> None:
+    undo.set(holder, "_apply", _Moving(holder, given))
+    vars(holder)[_KEPT] = _Patch(undo, report)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -96,6 +105,54 @@ def patched(model: nn.Module, **options: Unpack[PatchOptions]) -> Iterator[Repor
     finally:
         if not before:
             unpatch(model)
+
+
+class _Moving:
+    """`_apply` of a patched model, which is how torch moves it: to a dtype, to a device.
+
+    A proof holds for neither another dtype nor another device, so the model is patched anew there:
+    what is proven already is not proven twice, and what fails its proof gets its own forward back.
+    A part that is moved alone, and `load_state_dict(assign=True)`, go unseen.
+    """
+
+    def __init__(self, model: nn.Module, given: PatchOptions) -> None:
+        self.model, self.given = model, given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = self.model
+        before = _whereabouts(model)
+        moved = type(model)._apply(model, *args, **kwargs)
+        if _whereabouts(model) != before:
+            self._patch_anew()
+        return moved
+
+    def _patch_anew(self) -> None:
+        model, name = self.model, type(self.model).__name__
+        old: Report = vars(model)[_KEPT].report
+        try:
+            unpatch(model)
+        except RuntimeError as error:
+            logger.warning("%s was moved, and what it runs is not proven anew: %s", name, error)
+            return
+        report = patch(model, **self.given)
+        if not holders(model):  # it may come back
+            _keep(model, Undo(), report, self.given)
+        served = {(row.path, row.op) for row in old.patched}
+        lost = [row for row in report.left if (row.path, row.op) in served]
+        if lost:
+            logger.warning(
+                "%s was moved after it was patched; %d of its modules run their own forward again, "
+                "such as %s: %s",
+                name,
+                len(lost),
+                lost[0].path or "the model",
+                lost[0].reason,
+            )
+        logger.info("%s was moved, and patched anew:\n%s", name, report)
+
+
+def _whereabouts(model: nn.Module) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p in model.parameters()]
 
 
 def _validate(model: object, options: Options) -> None:

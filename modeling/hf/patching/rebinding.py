@@ -8,7 +8,7 @@ that held the old one.
 from __future__ import annotations
 
 import dis
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -56,6 +56,30 @@ def rebound(function: FunctionType, names: Mapping[str, Any]) -> FunctionType:
 def with_body(function: FunctionType, body: FunctionType) -> FunctionType:
     """`body`, another function of the same parameters, named and documented as `function` is."""
     return _like(function, body.__code__, body.__globals__, body.__closure__)
+
+
+def rewired(
+    held: Any, is_ours: Callable[[Any], bool], own: Any, inside: tuple[Any, ...] = ()
+) -> Any:
+    """`own` for what `is_ours`, and copies of functions that keep such a thing in a cell.
+
+    Whoever puts `forward` into an instance calls the one that it found there from its closure, as
+    transformers' tensor parallelism does. `inside` are the functions around it.
+    """
+    if is_ours(held):
+        return own
+    recursive = any(held is function for function in inside)
+    if recursive or not isinstance(held, FunctionType) or not held.__closure__:
+        return held
+    pairs = [(cell, _held(cell)) for cell in held.__closure__]
+    news = [rewired(value, is_ours, own, (*inside, held)) for _, value in pairs]
+    if all(new is value for new, (_, value) in zip(news, pairs, strict=True)):
+        return held
+    cells = (
+        cell if new is value else CellType(new)
+        for new, (cell, value) in zip(news, pairs, strict=True)
+    )
+    return _like(held, held.__code__, held.__globals__, tuple(cells))
 
 
 def global_names(code: CodeType) -> Iterator[str]:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from operator import is_
 from types import MethodType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from swathe.modeling.hf.patching.rebinding import rewired
 
 Forward = Callable[..., Any]
 # where accelerate's hooks keep a bound forward in an instance
@@ -231,10 +234,15 @@ def strip(model: nn.Module) -> None:
 def _take_off(module: nn.Module, cls: type[nn.Module], old: Any) -> None:
     fused, own = type(module), vars(module)
     module.__class__ = cls
+    bare = MethodType(cls.forward, module) if old is None else old
     for name in _BOUND:
         # hooks that came or went after the patch have moved our forward about
-        if getattr(own.get(name), "__func__", None) is fused.forward:
-            own[name] = old if old is not None else MethodType(cls.forward, module)
+        if name in own:
+            own[name] = rewired(own[name], partial(_runs, fused.forward), bare)
+
+
+def _runs(forward: Forward, held: Any) -> bool:
+    return getattr(held, "__func__", None) is forward
 
 
 def _put_back(change: _Change) -> None:
@@ -253,6 +261,7 @@ def _put_back(change: _Change) -> None:
 def _put_back_moved(change: _Change, value: Any) -> None:
     """Where hooks came or went after the patch, leave theirs and replace ours."""
     target, own = change.target, vars(change.target)
+    bare = MethodType(type(target).forward, target) if value is Absent else value
     for slot in _BOUND:
-        if own.get(slot) is change.forward:
-            own[slot] = MethodType(type(target).forward, target) if value is Absent else value
+        if slot in own:
+            own[slot] = rewired(own[slot], partial(is_, change.forward), bare)
