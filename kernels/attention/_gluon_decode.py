@@ -11,6 +11,7 @@ from swathe.kernels.attention._gluon import box_of, descriptors, why_no_copies
 from swathe.kernels.attention._gluon_blocks import COMPUTE, COPY, REGISTERS, boxes
 from swathe.kernels.attention._gluon_decode_split import attend
 from swathe.kernels.attention._gluon_latent import attend_latent
+from swathe.kernels.attention._triton_blocks import generation
 from swathe.kernels.attention._triton_decode import fold, fold_warps, width
 from swathe.kernels.attention.op import strides_of
 from swathe.kernels.core.device import guard, multiprocessors
@@ -68,6 +69,8 @@ def why_not(
         return "a mask or bias has a number for every pair of row and key; allowed: row intervals"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"dtype is {q.dtype}; allowed: torch.bfloat16 and torch.float16"
+    if (made := generation(q.device)) != "hopper":
+        return f"the GPU is of the generation {made!r}; allowed: 'hopper'"
     heads = k.shape[3], v.shape[3]
     reason = why_no_copies("k", k, widest=max(LATENT) if heads == LATENT else None)
     if heads == LATENT:

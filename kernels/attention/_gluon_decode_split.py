@@ -13,6 +13,7 @@ Memory   rows of a tile outside [lo, hi) may hold anything, NaN too: their weigh
 """
 
 # pyright: reportArgumentType=false
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 

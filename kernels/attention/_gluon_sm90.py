@@ -22,8 +22,8 @@ __all__ = ["backward", "backward_bias", "decode", "forward", "why_not"]
 def why_not(which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     """Why one of paths.PASSES cannot be served, or None; `rest` are its launcher's arguments."""
     if which == "decode":
-        _, _, _, *planes, _, alibi, block_table, _, _ = rest
-        return _gluon_decode.why_not(q, k, v, *planes, alibi, block_table)
+        _, _, _, keys, allowed, bias, _, alibi, block_table, _, _ = rest
+        return _gluon_decode.why_not(q, k, v, keys, allowed, bias, alibi, block_table)
     if which == "backward":
         return _gluon_backward.why_not(q, k, v, Rows(*rest))
     return _gluon.why_not(q, k, v, Rows(*rest))

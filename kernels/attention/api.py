@@ -233,7 +233,7 @@ register_backend(
             dtypes=frozenset({torch.bfloat16, torch.float16}),
             features=dict.fromkeys(("grouped", "softcap", "alibi", "sinks", "lse"), ANY),
             min_arch=90,
-            max_size=256,
+            max_size=576,
         ),
         missing=why_no_triton,
         limits=_limits_of_hopper,
