@@ -124,7 +124,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor
              rows.last, rows.places, rows.sinks, rows.alibi,
              torch.zeros(1, dtype=torch.int32, device=q.device)),
             (bound_b, bound_t, place_b, alibi_b),
-            (T, S, H, H // K, B * H, section(B * H, H // K, S, D + E), S - T,
+            (T, S, H, H // K, B * H, section(B * H, H // K, S, D + E),
              float(rows.scale), float(rows.softcap)),
             (*rows.flags, block.shared, block.keys, block.stages, COMPUTE, COPY),
             num_warps=4,

@@ -17,7 +17,7 @@ Memory   rows of a tile outside [lo, hi) may hold anything, NaN too: their weigh
 
 from __future__ import annotations
 
-from swathe.kernels.attention._gluon_forward import Work, _absorb, _softmax
+from swathe.kernels.attention._gluon_forward import Work, absorb, softmax
 from swathe.kernels.attention._gluon_splits import (
     LANES,
     WIDE,
@@ -142,7 +142,7 @@ def _attend_split(
     mbarrier.wait(k.full.index(slot), full)
     s = warpgroup_mma_wait(0, deps=[product(q.memory, 0, k.memory, slot)])
     mbarrier.arrive(k.empty.index(slot), count=1)
-    p, _, total, peak = _softmax(
+    p, _, total, peak = softmax(
         s, final, rows, scores, total, peak, v, SCORED, SOFTCAP, True, BLOCK_S
     )
     mbarrier.wait(v.full.index(slot), full)
@@ -150,7 +150,7 @@ def _attend_split(
     slot, full = slot_of(step + 1, STAGES)
     mbarrier.wait(k.full.index(slot), full, pred=final > low)
     work = Work(None, q, k, v, None, None)
-    _, step, p, acc, total, peak = _absorb(
+    _, step, p, acc, total, peak = absorb(
         0, work, final - 1, low, low, step + 1, p, zeros(v.memory), total, peak, rows, scores,
         SCORED, SOFTCAP, True, BLOCK_S, STAGES,
     )  # fmt: skip

@@ -85,7 +85,6 @@ class Call(NamedTuple):
     groups: Any
     heads: Any
     section: Any
-    shift: Any
     scale: Any
     softcap: Any
 
@@ -183,7 +182,7 @@ def _copy(q_at, k_at, v_at, work, call, counter, BLOCK_S: gl.constexpr, STAGES: 
 
 
 @jit
-def _softmax(
+def softmax(
     s, tile, rows, scores, total, peak, v, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
     MASKED: gl.constexpr, BLOCK_S: gl.constexpr,
 ):  # fmt: skip
@@ -211,7 +210,7 @@ def _landed(acc, p, following):
 
 
 @jit
-def _absorb(
+def absorb(
     INDEX: gl.constexpr, work, tile, stop, low, step, p, acc, total, peak, rows, scores,
     SCORED: gl.constexpr, SOFTCAP: gl.constexpr, MASKED: gl.constexpr, BLOCK_S: gl.constexpr,
     STAGES: gl.constexpr,
@@ -226,7 +225,7 @@ def _absorb(
         ahead = added(acc, p, v.memory, before)
         s = warpgroup_mma_wait(len(acc), deps=[s])
         mbarrier.arrive(k.empty.index(slot), count=1)
-        following, shrink, total, peak = _softmax(
+        following, shrink, total, peak = softmax(
             s, tile, rows, scores, total, peak, v, SCORED, SOFTCAP, MASKED, BLOCK_S
         )
         # what spins here keeps the exponentials from being moved behind the wait for p v
@@ -247,7 +246,7 @@ def _begin(order, call, begin, LAYOUT: gl.constexpr):
     if places is not None:
         places += order.b * call.place_b
     bounds = Bounds(call.first, call.last, order.b * call.bound_b, call.bound_t)
-    rows = queries(bounds, places, begin, call.T, call.S, call.shift, 1, GROUP, LAYOUT)
+    rows = queries(bounds, places, begin, call.T, call.S, 0, 1, GROUP, LAYOUT)
     total, peak = start_of_softmax(call.sinks, order.h, LAYOUT)
     return rows, total, peak
 
@@ -270,7 +269,7 @@ def _attend(
     mbarrier.wait(k.full.index(slot), full)
     s = warpgroup_mma_wait(0, deps=[product(q.memory, INDEX, k.memory, slot)])
     mbarrier.arrive(k.empty.index(slot), count=1)
-    p, _, total, peak = _softmax(
+    p, _, total, peak = softmax(
         s, order.final, rows, scores, total, peak, v, SCORED, SOFTCAP, True, BLOCK_S
     )
     slot, full = slot_of(step + 1, STAGES)
@@ -278,7 +277,7 @@ def _attend(
     tile, step, acc = order.final - 1, step + 1, zeros(v.memory)
     for part in gl.static_range(3):
         stop = order.whole_to if part == 0 else order.whole_from if part == 1 else order.low
-        tile, step, p, acc, total, peak = _absorb(
+        tile, step, p, acc, total, peak = absorb(
             INDEX, work, tile, gl.maximum(stop, order.low), order.low, step, p, acc, total, peak,
             rows, scores, SCORED, SOFTCAP, part != 1, BLOCK_S, STAGES,
         )  # fmt: skip
@@ -343,13 +342,13 @@ def _board():
     return Board(memory, full, empty)
 
 
-PLAIN = ["T", "S", "H", "groups", "heads", "section", "shift", "scale", "softcap"]
+PLAIN = ["T", "S", "H", "groups", "heads", "section", "scale", "softcap"]
 
 
 @jit(do_not_specialize=PLAIN)
 def forward(
     lse_ptr, q0, q1, k0, k1, v0, v1, o0, o1, first_ptr, last_ptr, places_ptr, sinks_ptr, alibi_ptr,
-    counter_ptr, bound_b, bound_t, place_b, alibi_b, T, S, H, groups, heads, section, shift, scale,
+    counter_ptr, bound_b, bound_t, place_b, alibi_b, T, S, H, groups, heads, section, scale,
     softcap, SCORED: gl.constexpr, SOFTCAP: gl.constexpr, SHARED: gl.constexpr,
     BLOCK_S: gl.constexpr, STAGES: gl.constexpr, COMPUTE: gl.constexpr, COPY: gl.constexpr,
 ):  # fmt: skip
@@ -360,7 +359,7 @@ def forward(
     """
     call = Call(
         lse_ptr, first_ptr, last_ptr, places_ptr, sinks_ptr, alibi_ptr, bound_b, bound_t, place_b,
-        alibi_b, T, S, H, groups, heads, section, shift, scale, softcap,
+        alibi_b, T, S, H, groups, heads, section, scale, softcap,
     )  # fmt: skip
     q_at, k_at, v_at, o_at = (q0,), (k0,), (v0,), (o0,)
     if q1 is not None:

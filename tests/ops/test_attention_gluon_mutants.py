@@ -73,7 +73,7 @@ FORWARD: dict[str, tuple[str, str, int]] = {
 }  # fmt: skip
 LAUNCHER: dict[str, tuple[str, str, int]] = {
     "the counter begins at 1": ("torch.zeros(1,", "torch.ones(1,", 0),
-    "ALiBi from the first key": ("S, D + E), S - T,", "S, D + E), 0,", 0),
+    "ALiBi from the first key": ("torch.arange(S - T, S,", "torch.arange(0, T,", 0),
 }  # fmt: skip
 
 
