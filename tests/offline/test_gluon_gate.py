@@ -135,7 +135,7 @@ def test_a_real_loss_of_overlap_does_not() -> None:
 
 def test_ptxas_is_asked_about_the_very_code() -> None:
     with pytest.raises(AssertionError, match="other flags"):
-        _ptxas_log(SMALL_PTX, b"another kernel")
+        _ptxas_log(SMALL_PTX, b"another kernel", "another code")
 
 
 SMALL_PTX = """

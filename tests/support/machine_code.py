@@ -142,7 +142,7 @@ def read_gluon(compiled: Any) -> GluonCode:
     return GluonCode(
         **vars(code),
         threads=int(_one(r"\.reqntid (\d+)", ptx)),
-        serialised=tuple(re.findall(r"\(C75\d\d\).*", _ptxas_log(ptx, cubin))),
+        serialised=tuple(re.findall(r"\(C75\d\d\).*", _ptxas_log(ptx, cubin, code.sass))),
         copies={name: len(re.findall(rf"\b{name}\b", code.sass)) for name in names},
     )
 
@@ -173,7 +173,7 @@ def _source(
     )
 
 
-def _ptxas_log(ptx: str, cubin: bytes) -> str:
+def _ptxas_log(ptx: str, cubin: bytes, sass: str) -> str:
     """What ptxas said when it made this very code of that text, which Triton does not keep."""
     kept = get_cache_manager(hashlib.sha256(ptx.encode() + cubin).hexdigest())
     known = kept.get_file("ptxas.log")
@@ -189,7 +189,9 @@ def _ptxas_log(ptx: str, cubin: bytes) -> str:
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
-        assert made.read_bytes() == cubin, "Triton gives ptxas other flags than these"
+        # whole files differ now and then, in a few bytes beside the code
+        again = _tool("nvdisasm", "-c", str(made))
+        assert again == sass, "Triton gives ptxas other flags than these"
     kept.put(run.stderr, "ptxas.log", binary=False)
     return run.stderr
 
