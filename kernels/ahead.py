@@ -67,9 +67,17 @@ def arguments(given: Sequence[str] | None) -> Namespace:
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.add_argument("--target", required=True, choices=list(CAPABILITIES), help="the GPU's")
     parser.add_argument(
-        "--heads", type=lambda text: [head(part) for part in text.split(",")], default=list(HEADS)
+        "--heads",
+        type=lambda text: [head(part) for part in text.split(",")],
+        default=list(HEADS),
+        help="features of q and v, by comma: 128, or 192x128 where v's differ",
     )
-    parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bfloat16"])
+    parser.add_argument(
+        "--dtypes",
+        type=lambda text: text.split(","),
+        default=["bfloat16"],
+        help="by comma: bfloat16, float16, float32; bfloat16 if not given",
+    )
     return parser.parse_args(given)
 
 
