@@ -328,7 +328,7 @@ REFUSALS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "mask dtype": (TypeError, r"mask\.bool\(\)", lambda: attention(q0, k0, v0, _int_mask())),
     "backend": (
         ValueError,
-        r"unknown backend 'sdpaa' \(did you mean 'sdpa'\?\); allowed: .*'eager', 'sdpa', '",
+        r"unknown backend 'sdpaa' \(did you mean 'sdpa'\?\); allowed: .*'gluon', 'sdpa', '",
         lambda: attention(q0, k0, v0, implementation="sdpaa"),
     ),
 }

@@ -16,6 +16,7 @@ import torch
 import swathe.kernels.attention._triton as launchers
 import swathe.kernels.attention._triton_backward as backward
 import swathe.kernels.attention._triton_forward as forward
+import swathe.kernels.attention._triton_rows as rows
 import swathe.kernels.attention._triton_tiles as tiles
 from support.mutants import Mutant, caught, planted
 from swathe.kernels.attention.contract import CONTRACT, random
@@ -88,8 +89,10 @@ BACKWARD: dict[str, tuple[str, str, int]] = {
 LAUNCHER: dict[str, tuple[str, str, int]] = {
     "a tile of rows too few": ("(cdiv(T, block.queries) * H * B, 1, 1)", "(max(T // block.queries, 1) * H * B, 1, 1)", 0),
     "a tile of keys too few": ("(cdiv(S, block.keys) * K * B, 1, 1)", "(max(S // block.keys, 1) * K * B, 1, 1)", 0),
-    "top-left instead of bottom-right": ("H // K, S - T, *scores", "H // K, 0, *scores", 0),
 }  # fmt: skip
+ROWS: dict[str, tuple[str, str, int]] = {
+    "top-left instead of bottom-right": ("H // K, S - T, *scores", "H // K, 0, *scores", 0),
+}
 IMPRECISE: dict[str, tuple[str, str, int]] = {
     "scores rounded": ("    z, t, factor = s, s, scores.scale * LOG2E\n", "    s = s.to(tl.bfloat16).to(tl.float32)\n    z, t, factor = s, s, scores.scale * LOG2E\n", 0),
     "accumulator rounded": ("tl.dot(p, x[i], acc[i], input_precision=PRECISION)", "tl.dot(p, x[i], acc[i], input_precision=PRECISION).to(tl.bfloat16).to(tl.float32)", 0),
@@ -123,12 +126,18 @@ def _opposed(t: torch.Tensor) -> torch.Tensor:
 
 def chain(source: object) -> list[object]:
     """The modules that must be imported anew for a bug in `source`."""
-    order = [tiles, forward, backward, launchers]
+    order = [tiles, forward, backward, rows, launchers]
     return order[order.index(source) + 1 :]
 
 
 EVERY = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 3
-TABLES = ((tiles, TILES), (forward, FORWARD), (backward, BACKWARD), (launchers, LAUNCHER))
+TABLES = (
+    (tiles, TILES),
+    (forward, FORWARD),
+    (backward, BACKWARD),
+    (rows, ROWS),
+    (launchers, LAUNCHER),
+)
 CASES = [pytest.param(source, bug, id=name) for source, t in TABLES for name, bug in t.items()]
 
 

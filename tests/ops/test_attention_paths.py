@@ -15,6 +15,7 @@ import torch
 from swathe.kernels.attention import paths
 
 Q = torch.empty(1, 2, 3, 128)
+GPU = torch.device("cuda")
 
 
 @pytest.fixture
@@ -32,19 +33,20 @@ def test_a_table_is_read_back(home: Path) -> None:
     table = {("forward", 128, 128): "gluon", ("backward", 64, 64): "portable"}
     paths.write(home / "nvidia_h200.json", table, {"commit": "abc"})
     assert paths.read(home / "nvidia_h200.json") == table
-    assert paths.path("forward", Q, Q) == "gluon"
-    assert paths.path("backward", Q, Q) == "portable"
-    assert paths.path("forward", Q, Q[..., :64]) == "portable"
+    assert paths._looked_up("forward", 128, 128, GPU) == "gluon"
+    assert paths._looked_up("backward", 64, 64, GPU) == "portable"
+    assert paths._looked_up("forward", 128, 64, GPU) == "portable"
+    assert paths.path("forward", Q, Q) == "portable"  # on a CPU
 
 
 def test_no_table_is_portable(home: Path) -> None:
-    assert paths.path("forward", Q, Q) == "portable"
+    assert paths._looked_up("forward", 128, 128, GPU) == "portable"
 
 
 def test_another_generation_reads_no_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths.write(home / "nvidia_h200.json", {("forward", 128, 128): "gluon"}, {})
     monkeypatch.setattr(paths, "arch", lambda device: 100)
-    assert paths.path("forward", Q, Q) == "portable"
+    assert paths._looked_up("forward", 128, 128, GPU) == "portable"
 
 
 def test_forced_for_a_while(home: Path) -> None:
