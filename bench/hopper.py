@@ -1,7 +1,7 @@
 """Attention on Hopper: are the Gluon kernels right there, how fast, and which path ships.
 
     python -m bench.hopper --out DIR [--budget 560] [--parts parity,bench] [--commit HASH]
-                           [--install]
+                           [--install | --fused]
 
 One command for a machine with an H100 or H200, as `python -m bench.gpu`: from a checkout that need
 not be installed, nothing downloaded, every kernel first in a process of its own with a limit, since
@@ -16,6 +16,9 @@ Output  DIR/attention.json as bench.gpu writes it, with the clocks before and af
         DIR/paths.json, the decision: for each pass and pair of head sizes the path that was faster,
         "gluon" only where nothing failed and it is ahead by MARGIN. `--install` writes it beside
         the kernels too, which is what `import swathe` reads on such a GPU.
+Fused   with `--fused` backend "triton" is on path "gluon_fused" everywhere, whose reruns differ in
+        the last bits of dq: checks of bits are left out, memory is not filled with NaN, and no path
+        is decided on; backwards in two kernels ("gluon") and in one pass are set side by side.
 Status  0 all well, 1 something failed (the summary says what), 2 there is no Hopper GPU here.
 """
 
@@ -108,6 +111,18 @@ def decide(results: Row) -> tuple[paths.Table, list[list[str]]]:
     return table, lines
 
 
+def weigh(results: Row) -> list[list[str]]:
+    """Lines that set a backward's two kernels ("gluon") and single pass ("triton") side by side."""
+    lines = []
+    for (which, D, E), pairs in sorted(times(results).items()):
+        if which == "backward":
+            ratios = [two / one for one, two in pairs]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            middle = statistics.geometric_mean(ratios)
+            lines.append([which, f"{D}/{E}", str(len(pairs)), f"{middle:.2f}", spread])
+    return lines
+
+
 def _wrong(results: Row) -> str | None:
     """What speaks against the Gluon kernels altogether, or None."""
     failed = [failure["unit"].get("name", failure["unit"]["kind"]) for failure in results["failed"]]
@@ -129,15 +144,19 @@ class Job(Run):
     Workers read the path from their environment.
     """
 
+    fused = False
+
     def all(self, parts: list[str]) -> None:
         """Every part asked for, correctness before speed."""
         where = (self.of, self.backend, self.device)
         self.results["clocks_before"] = clocks()
-        os.environ[paths.VARIABLE] = "gluon"
+        os.environ[paths.VARIABLE] = "gluon_fused" if self.fused else "gluon"
         broken = [failure["unit"]["probe"] for failure in self.do(plan.probes(*where))]
         if "parity" in parts:
-            self.do(*plan.parity_lanes(*where, self.dry), plan.checks(*where, self.dry))
-        os.environ[paths.VARIABLE] = "portable"
+            # checks compare bits
+            checks = [] if self.fused else [plan.checks(*where, self.dry)]
+            self.do(*plan.parity_lanes(*where, self.dry), *checks)
+        os.environ[paths.VARIABLE] = "gluon_fused" if self.fused else "portable"
         if "bench" in parts:
             # a kernel that hung in its probe would cost each of its cells the whole limit
             self.do(plan.benchmarks(self.of, "gluon", self.device, self.dry, broken))
@@ -149,10 +168,15 @@ def run(asked: argparse.Namespace, of: Subject) -> int:
     """Measure, decide, write, print; returns the exit status."""
     end = time.monotonic() + asked.budget - _CLOSING
     job = Job(of, asked.out, asked.dry_run, end)
+    job.fused = asked.fused
     job.start(asked.commit)
     job.all(asked.parts)
     save(job.results, job.file)
     print(summary(job.results))
+    if asked.fused:
+        head = ["pass", "D/E", "cells", "gluon/gluon_fused", "range"]
+        print(aligned(head, weigh(job.results)))
+        return int(job.wrong())
     table, lines = decide(job.results)
     head = ["pass", "D/E", "cells", "portable/gluon", "range", "path", "why"]
     print(aligned(head, lines) if lines else "paths: nothing was timed on both")
@@ -175,12 +199,15 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=560.0, help="seconds for everything")
     parser.add_argument("--commit", help="commit to record where the copy has no .git")
     parser.add_argument("--install", action="store_true", help="write the decision to the package")
+    parser.add_argument("--fused", action="store_true", help="weigh the backward in one pass")
     parser.add_argument("--dry-run", action="store_true", help="walk the plan on the CPU")
     asked = parser.parse_args(given)
     asked.parts = asked.parts.split(",")
     unknown = sorted(set(asked.parts) - set(PARTS))
     if unknown:
         parser.error(f"--parts: {unknown} unknown; allowed: {','.join(PARTS)}")
+    if asked.fused and asked.install:
+        parser.error("--fused decides on no path, so there is none to --install; give one of them")
     if asked.budget <= _CLOSING:
         parser.error(f"--budget {asked.budget:g}: give more than {_CLOSING:g} seconds")
     return asked

@@ -7,6 +7,7 @@ no kernel wrote shows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bench.cases import DTYPES
 from bench.subject import Subject, subject
+from swathe.kernels.attention import paths
 from swathe.kernels.core.contract import Case, Contract, Outputs, Problem, bound_of, check, measure
 from swathe.kernels.core.testing import ContractBroken, Report
 
@@ -26,7 +28,10 @@ HUGE_BYTES = 32 << 30
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Every torch.empty is filled with NaN."""
+    """Every torch.empty is filled with NaN, except for a path that determinism forbids."""
+    if os.environ.get(paths.VARIABLE) == "gluon_fused":
+        yield
+        return
     torch.use_deterministic_algorithms(True)
     try:
         yield

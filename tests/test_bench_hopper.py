@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import hopper
+from bench import hopper, parity
 from swathe.kernels.attention import paths
 
 CELLS = {
@@ -69,6 +70,14 @@ def test_a_backward_is_timed_without_its_forward() -> None:
     assert found["backward", 128, 128] == [(200.0, 160.0)]
 
 
+def test_one_pass_is_set_beside_two_kernels() -> None:
+    given = results({"heads_of_128": 150.0, "llama_8b_train": 120.0, "llama_1b_train": 90.0})
+    assert [line[1:] for line in hopper.weigh(given)] == [
+        ["64/64", "1", "0.90", "0.90 to 0.90"],
+        ["128/128", "2", "1.34", "1.20 to 1.50"],
+    ]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -103,7 +112,9 @@ def test_needs_a_hopper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "no Hopper GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [["--parts", "speed"], ["--budget", "3"]], ids=str)
+@pytest.mark.parametrize(
+    "given", [["--parts", "speed"], ["--budget", "3"], ["--fused", "--install"]], ids=str
+)
 def test_the_command_line_is_checked(given: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         hopper.main(["--out", str(tmp_path), *given])
@@ -115,3 +126,21 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert hopper.main(given) == 0, capsys.readouterr().out
     assert paths.read(tmp_path / "paths.json") == {}
     assert "nothing was timed on both" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_dry_run_of_one_pass_decides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--out", str(tmp_path), "--dry-run", "--parts", "bench", "--fused"]
+    assert hopper.main(given) == 0, capsys.readouterr().out
+    assert not (tmp_path / "paths.json").exists()
+    assert "gluon/gluon_fused" in capsys.readouterr().out
+
+
+def test_filled_memory_does_not_forbid_the_path_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, filled in (("gluon", True), ("gluon_fused", False)):
+        monkeypatch.setenv(paths.VARIABLE, path)
+        with parity.poisoned():
+            assert torch.are_deterministic_algorithms_enabled() == filled
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -94,28 +94,51 @@ def backward(
     rows, (B, H, T, _), E = Rows(*rest), q.shape, v.shape[3]
     if not B * H * T:
         return dq, dk.zero_(), dv.zero_(), stats
-    do, q, k, v, o = unit_rows(do), unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(o)
-    if why_no_copies("do", do.transpose(1, 2)) is not None:
-        do = do.contiguous()
-    by_head, o = do.transpose(1, 2), o.transpose(1, 2)
+    by_head, q, k, v, o = readable(do, q, k, v, o)
     of_q, _ = _blocks(q, v, rows)
-    seen = torch.empty(B, 2, stats.shape[3], dtype=torch.int32, device=q.device)
-    reach = torch.empty(B, cdiv(T, _QUERIES), 2, dtype=torch.int32, device=q.device)
-    whole = torch.empty_like(reach)
+    seen, reach, whole = room_for_rows(q, stats)
     with guard(q):
         _backward_q_at(
             (cdiv(T, _QUERIES) * H * B, 1, 1),
-            (do, dlse, o, lse, stats, seen, reach, whole, rows.first, rows.last, rows.places,
+            (by_head, dlse, o, lse, stats, seen, reach, whole, rows.first, rows.last, rows.places,
              rows.alibi, *descriptors(by_head, _GROUP), *descriptors(q, _GROUP),
              *descriptors(k, of_q.keys), *descriptors(v, of_q.keys), *descriptors(dq, _GROUP)),
             (*by_head.stride()[:3], *o.stride()[:3], *rows.bounds, *rows.strides(H)[:2], E),
-            _numbers(q, k, rows),
+            plain_numbers(q, k, rows),
             (*rows.flags, *of_q, COMPUTE, COPY),
             num_warps=4,
             maxnreg=REGISTERS,
         )  # fmt: skip
         backward_kv(by_head, q, k, v, dk, dv, stats, seen, reach, whole, rows)
     return dq, dk, dv, stats
+
+
+def readable(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> tuple[Tensor, ...]:
+    """The same, heads before rows, as the kernels can read them: a do that lies otherwise is
+    copied.
+    """
+    do, q, k, v, o = unit_rows(do), unit_rows(q), unit_rows(k), unit_rows(v), unit_rows(o)
+    if why_no_copies("do", do.transpose(1, 2)) is not None:
+        do = do.contiguous()
+    return do.transpose(1, 2), q, k, v, o.transpose(1, 2)
+
+
+def room_for_rows(q: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """seen, reach and whole, which one kernel leaves for the next."""
+    B, T = q.shape[0], q.shape[2]
+    seen = torch.empty(B, 2, stats.shape[3], dtype=torch.int32, device=q.device)
+    reach = torch.empty(B, cdiv(T, _QUERIES), 2, dtype=torch.int32, device=q.device)
+    return seen, reach, torch.empty_like(reach)
+
+
+def numbers_of_rows(stats: Tensor, seen: Tensor, queries: int) -> tuple[Any, Any]:
+    """Descriptors of the four numbers that `queries` rows have."""
+    stats, seen = stats.view(-1, stats.shape[3]), seen.view(-1, stats.shape[3])
+    made = [
+        TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [1, queries], _UNSWIZZLED)
+        for t in (stats, seen)
+    ]
+    return made[0], made[1]
 
 
 def backward_kv(
@@ -135,19 +158,17 @@ def backward_kv(
 
     reach, whole: (B, tiles of 128 rows, 2); without `whole` every tile is masked.
     """
-    (B, H, _, _), (K, S), span = q.shape, k.shape[1:3], stats.shape[3]
+    (B, H, _, _), (K, S) = q.shape, k.shape[1:3]
     _, block = _blocks(q, v, rows)
     keys = _GROUP if block.shared else 2 * _GROUP
-    numbers = (stats.view(-1, span), seen.view(-1, span))
     _backward_kv_at(
         (cdiv(S, keys) * K * B, 1, 1),
         (reach, whole, rows.places, rows.alibi,
-         *(TensorDescriptor(t, list(t.shape), [span, 1], [1, block.queries], _UNSWIZZLED)
-           for t in numbers),
+         *numbers_of_rows(stats, seen, block.queries),
          *descriptors(k, _GROUP), *descriptors(v, _GROUP), *descriptors(q, block.queries),
          *descriptors(do, block.queries), *descriptors(dk, _GROUP), *descriptors(dv, _GROUP)),
         rows.strides(H)[:2],
-        _numbers(q, k, rows),
+        plain_numbers(q, k, rows),
         (*rows.flags, *block, COMPUTE, COPY),
         num_warps=4,
         maxnreg=REGISTERS,
@@ -158,7 +179,7 @@ def _blocks(q: Tensor, v: Tensor, rows: Rows) -> tuple[OfQ, OfKV]:
     return blocks_for(q.shape[3], v.shape[3], rows.softcap != 0.0 or rows.alibi is not None)
 
 
-def _numbers(q: Tensor, k: Tensor, rows: Rows) -> tuple[int | float, ...]:
+def plain_numbers(q: Tensor, k: Tensor, rows: Rows) -> tuple[int | float, ...]:
     """What both kernels take unspecialised."""
     (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
     return T, S, H, H // K, S - T, float(rows.scale), float(rows.softcap)

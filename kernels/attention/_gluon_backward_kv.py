@@ -133,7 +133,26 @@ def _rows_that_reach(reach_ptr, whole_ptr, tiles, start, end):
 
 
 @jit
-def _copy(
+def turns_of(
+    reach_ptr, whole_ptr, T, S, H, groups, BLOCK_S: gl.constexpr, BLOCK_T: gl.constexpr
+):  # fmt: skip
+    """The tile of keys of this program, and what it goes over."""
+    blocks, heads, tiles = gl.cdiv(S, BLOCK_S), H // groups, gl.cdiv(T, ROWS)
+    start = gl.program_id(0) % blocks * BLOCK_S
+    g, b = gl.program_id(0) // blocks % heads, gl.program_id(0) // blocks // heads
+    if whole_ptr is not None:
+        whole_ptr += b * tiles * 2
+    begin, stop, whole_from, whole_to = _rows_that_reach(
+        reach_ptr + b * tiles * 2, whole_ptr, tiles, start, start + BLOCK_S
+    )
+    return Turns(
+        start, g, b, g * groups, groups, begin * ROWS, stop * ROWS, whole_from * ROWS,
+        whole_to * ROWS, (stop - begin) * (ROWS // BLOCK_T) * groups,
+    )  # fmt: skip
+
+
+@jit
+def copy(
     k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES: gl.constexpr,
     BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -152,7 +171,7 @@ def _copy(
 
 
 @jit
-def _keys(start, BLOCK_T: gl.constexpr):
+def keys_of(start, BLOCK_T: gl.constexpr):
     """A warpgroup's keys, beside queries."""
     n = start + gl.arange(0, GROUP, layout=gl.SliceLayout(1, accumulator(BLOCK_T)))
     return gl.expand_dims(n, 1)
@@ -169,7 +188,7 @@ def _places(call, b, begin, BLOCK_T: gl.constexpr):
 
 
 @jit
-def _weights(
+def weights_of(
     s, n, slot, begin, h, rows, turns, call, SCORED: gl.constexpr, SOFTCAP: gl.constexpr,
     BLOCK_T: gl.constexpr,
 ):  # fmt: skip
@@ -189,7 +208,7 @@ def _weights(
 
 
 @jit
-def _next(begin, h, turns, BLOCK_T: gl.constexpr):
+def following(begin, h, turns, BLOCK_T: gl.constexpr):
     """The tile of queries after this one, maybe of the next head."""
     begin += BLOCK_T
     if begin >= turns.stop:
@@ -206,7 +225,7 @@ def _gather(
     k, v, q, do, rows = rings
     dtype: gl.constexpr = k.memory[0].dtype
     start = turns.start + INDEX * GROUP
-    n, dk, dv = _keys(start, BLOCK_T), zeros(k.memory), zeros(v.memory)
+    n, dk, dv = keys_of(start, BLOCK_T), zeros(k.memory), zeros(v.memory)
     mbarrier.wait(k.full.index(INDEX), 0)
     mbarrier.wait(v.full.index(INDEX), 0)
     begin, h = turns.begin, turns.h
@@ -219,7 +238,7 @@ def _gather(
         dp = product(v.memory, own, do.memory, slot)
         mbarrier.wait(rows.full.index(slot), full)
         s = warpgroup_mma_wait(len(v.memory), deps=[s])
-        p, slope = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
+        p, slope = weights_of(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
         p = p.to(dtype)
         dv = added(dv, p, do.memory, slot)
         delta = numbers(rows.stats, 2 * slot + 1, BLOCK_T)
@@ -230,7 +249,7 @@ def _gather(
         mbarrier.arrive(do.empty.index(slot), count=1)
         dk = done(dk, ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
-        begin, h = _next(begin, h, turns, BLOCK_T)
+        begin, h = following(begin, h, turns, BLOCK_T)
     store(dk_at, k.memory, INDEX, times(dk, call.scale), turns.b, turns.g, start)
     store(dv_at, v.memory, INDEX, dv, turns.b, turns.g, start)
     tma_store_wait(0)
@@ -243,7 +262,7 @@ def _gather_v(
 ):  # fmt: skip
     """One of two warpgroups that share 64 keys: dv. Exponentials run beside the next scores."""
     k, v, q, do, rows = rings
-    n, dv = _keys(turns.start, BLOCK_T), zeros(v.memory)
+    n, dv = keys_of(turns.start, BLOCK_T), zeros(v.memory)
     s = gl.zeros([GROUP, BLOCK_T], gl.float32, accumulator(BLOCK_T))
     begin, h = turns.begin, turns.h
     mbarrier.wait(k.full.index(0), 0)
@@ -257,7 +276,7 @@ def _gather_v(
         mbarrier.wait(q.full.index(ahead), full_ahead)
         s_ahead = product(k.memory, anew(0, step), q.memory, ahead)
         mbarrier.wait(rows.full.index(slot), full)
-        p, _ = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
+        p, _ = weights_of(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
         p = p.to(v.memory[0].dtype)
         mbarrier.wait(do.full.index(slot), full)
         dv = added(dv, p, do.memory, slot)
@@ -265,7 +284,7 @@ def _gather_v(
         dv = done(dv, p, 0)
         mbarrier.arrive(do.empty.index(slot), count=1)
         mbarrier.arrive(q.empty.index(slot), count=1)
-        begin, h = _next(begin, h, turns, BLOCK_T)
+        begin, h = following(begin, h, turns, BLOCK_T)
     # the other still reads what dv leaves through
     sync_warpgroups(_ENOUGH, 256)
     store(dv_at, v.memory, 0, dv, turns.b, turns.g, turns.start)
@@ -279,7 +298,7 @@ def _gather_k(
 ):  # fmt: skip
     """The other of two warpgroups that share 64 keys: dk."""
     k, v, q, do, rows = rings
-    n, dk = _keys(turns.start, BLOCK_T), zeros(k.memory)
+    n, dk = keys_of(turns.start, BLOCK_T), zeros(k.memory)
     mbarrier.wait(k.full.index(0), 0)
     mbarrier.wait(v.full.index(0), 0)
     begin, h = turns.begin, turns.h
@@ -292,7 +311,7 @@ def _gather_k(
         dp = product(v.memory, own, do.memory, slot)
         mbarrier.wait(rows.full.index(slot), full)
         s = warpgroup_mma_wait(len(v.memory), deps=[s])
-        _, slope = _weights(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
+        _, slope = weights_of(s, n, slot, begin, h, rows, turns, call, SCORED, SOFTCAP, BLOCK_T)
         delta = numbers(rows.stats, 2 * slot + 1, BLOCK_T)
         # a wait that loops: without one here, ptxas waits for dp before the exponentials
         ahead, full_ahead = slot_of(step + 1, STAGES)
@@ -302,7 +321,7 @@ def _gather_k(
         ds = (slope * (dp - delta)).to(k.memory[0].dtype)
         dk = done(added(dk, ds, q.memory, slot), ds, 0)
         mbarrier.arrive(q.empty.index(slot), count=1)
-        begin, h = _next(begin, h, turns, BLOCK_T)
+        begin, h = following(begin, h, turns, BLOCK_T)
     sync_warpgroups(_ENOUGH, 256)
     store(dk_at, k.memory, 0, times(dk, call.scale), turns.b, turns.g, turns.start)
     tma_store_wait(0)
@@ -320,19 +339,7 @@ def backward_kv(
     SHARED: the tile is of 64 keys and not of 128, and both warpgroups have all of them.
     """
     TILES: gl.constexpr = 1 if SHARED else 2
-    BLOCK_S: gl.constexpr = TILES * GROUP
-    blocks, heads, tiles = gl.cdiv(S, BLOCK_S), H // groups, gl.cdiv(T, ROWS)
-    start = gl.program_id(0) % blocks * BLOCK_S
-    g, b = gl.program_id(0) // blocks % heads, gl.program_id(0) // blocks // heads
-    if whole_ptr is not None:
-        whole_ptr += b * tiles * 2
-    begin, stop, whole_from, whole_to = _rows_that_reach(
-        reach_ptr + b * tiles * 2, whole_ptr, tiles, start, start + BLOCK_S
-    )
-    turns = Turns(
-        start, g, b, g * groups, groups, begin * ROWS, stop * ROWS, whole_from * ROWS,
-        whole_to * ROWS, (stop - begin) * (ROWS // BLOCK_T) * groups,
-    )  # fmt: skip
+    turns = turns_of(reach_ptr, whole_ptr, T, S, H, groups, TILES * GROUP, BLOCK_T)
     call = Call(places_ptr, alibi_ptr, place_b, alibi_b, T, H, shift, scale, softcap)
     k_at, v_at, q_at, do_at, dk_at, dv_at = (k0,), (v0,), (q0,), (do0,), (dk0,), (dv0,)
     if k1 is not None:
@@ -348,7 +355,7 @@ def backward_kv(
             [
                 (_gather_v, (dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
                 (_gather_k, (dk_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
+                (copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
                          BLOCK_T, STAGES)),
             ],
             [4, 1],
@@ -359,7 +366,7 @@ def backward_kv(
             [
                 (_gather, (0, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
                 (_gather, (1, dk_at, dv_at, rings, turns, call, SCORED, SOFTCAP, BLOCK_T, STAGES)),
-                (_copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
+                (copy, (k_at, v_at, q_at, do_at, stats_at, seen_at, rings, turns, H, TILES,
                          BLOCK_T, STAGES)),
             ],
             [4, 1],

@@ -119,6 +119,23 @@ class Tile(NamedTuple):
 
 
 @jit
+def tile_at(reach_ptr, whole_ptr, bounds, tile, h, b, T, S, BLOCK_S: gl.constexpr):
+    """A row tile of a head, with the keys that it sees, from a multiple of BLOCK_S on.
+
+    The first head leaves them for the kernel that goes over rows.
+    """
+    lo, hi, whole_from, whole_to = extents(bounds, tile * ROWS, T, S, ROWS, LANES)
+    lo = gl.minimum(lo, hi) // BLOCK_S * BLOCK_S
+    if h == 0:
+        at = (b * gl.cdiv(T, ROWS) + tile) * 2
+        gl.store(reach_ptr + at, lo)
+        gl.store(reach_ptr + at + 1, hi)
+        gl.store(whole_ptr + at, whole_from)
+        gl.store(whole_ptr + at + 1, whole_to)
+    return Tile(tile * ROWS, h, b, lo, hi, whole_from, whole_to)
+
+
+@jit
 def _copy(
     q_at, do_at, k_at, v_at, rings, tile, groups, BLOCK_S: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr,
@@ -153,7 +170,7 @@ def _delta(call, tile, begin, PASSES: gl.constexpr):
 
 
 @jit
-def _row_stats(call, tile, begin, rows, PASSES: gl.constexpr, LAYOUT: gl.constexpr):
+def row_stats(call, tile, begin, rows, PASSES: gl.constexpr, LAYOUT: gl.constexpr):
     """lse2 and delta of a warpgroup's rows, stored with what they see.
 
     A row that sees nothing has no weight: its lse2 is inf, as is that of rows past the last.
@@ -229,7 +246,7 @@ def _compute(
     bounds = Bounds(call.first, call.last, tile.b * call.bound_b, call.bound_t)
     begin = tile.begin + INDEX * GROUP
     rows = queries(bounds, places, begin, call.T, call.S, call.shift, 1, GROUP, LAYOUT)
-    lse, delta = _row_stats(call, tile, begin, rows, PASSES, LAYOUT)
+    lse, delta = row_stats(call, tile, begin, rows, PASSES, LAYOUT)
     mbarrier.wait(rings.q.full.index(INDEX), 0)
     mbarrier.wait(rings.do.full.index(INDEX), 0)
     dq = _descend(
@@ -240,7 +257,7 @@ def _compute(
 
 
 @constexpr_function
-def _passes(boxes: Any) -> Any:
+def passes(boxes: Any) -> Any:
     """Passes over the features of the boxes of a head."""
     return -(-sum(box.block_shape[3] for box in boxes) // 64)
 
@@ -258,26 +275,18 @@ def backward_q(
     # late tiles, which see more, first
     tile, h, b = tiles - 1 - turn % tiles, turn // tiles % H, turn // tiles // H
     bounds = Bounds(first_ptr, last_ptr, b * bound_b, bound_t)
-    lo, hi, whole_from, whole_to = extents(bounds, tile * ROWS, T, S, ROWS, LANES)
-    lo = gl.minimum(lo, hi) // BLOCK_S * BLOCK_S
-    if h == 0:
-        at = (b * tiles + tile) * 2
-        gl.store(reach_ptr + at, lo)
-        gl.store(reach_ptr + at + 1, hi)
-        gl.store(whole_ptr + at, whole_from)
-        gl.store(whole_ptr + at + 1, whole_to)
+    own = tile_at(reach_ptr, whole_ptr, bounds, tile, h, b, T, S, BLOCK_S)
     call = Call(
         do_ptr, dlse_ptr, o_ptr, lse_ptr, stats_ptr, seen_ptr, first_ptr, last_ptr, places_ptr,
         alibi_ptr, do_b, do_h, do_t, o_b, o_h, o_t, bound_b, bound_t, place_b, alibi_b, E, T, S, H,
         shift, scale, softcap,
     )  # fmt: skip
-    own = Tile(tile * ROWS, h, b, lo, hi, whole_from, whole_to)
     q_at, k_at, dq_at, v_at, do_at = (q0,), (k0,), (dq0,), (v0,), (do0,)
     if q1 is not None:
         q_at, k_at, dq_at = (q0, q1), (k0, k1), (dq0, dq1)
     if v1 is not None:
         v_at, do_at = (v0, v1), (do0, do1)
-    PASSES: gl.constexpr = _passes(do_at)
+    PASSES: gl.constexpr = passes(do_at)
     rings = Rings(
         ring(q_at, 2, 1), ring(do_at, 2, 1), ring(k_at, K_STAGES, 2), ring(v_at, V_STAGES, 2)
     )

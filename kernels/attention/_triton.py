@@ -16,7 +16,8 @@ Rounding scores, softmax and sums are fp32; p and ds are rounded to v's and k's 
 Dropout  a weight stays by a Philox number of (seed, head of the batch, row, key), forward and back.
 Order    o, lse and dq of a row do not depend on the batch; dk and dv are summed over the query
          heads of a group and their rows in a fixed order: no atomics, bit-equal reruns.
-Hopper   calls that paths.py gives to the kernels in Gluon, which round and sum alike.
+Hopper   calls that paths.py gives to the kernels in Gluon, which round and sum alike; those of path
+         "gluon_fused" add dq up by atomics.
 Source   Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 """
 
@@ -55,8 +56,13 @@ _backward_bias_at = Launcher(_triton_backward.backward_bias)
 
 def _on_hopper(which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> ModuleType | None:
     """The launchers in Gluon, where paths.py names them and they serve the call."""
-    if path(which, q, v) != "gluon" or not (q.numel() and k.numel() and v.numel()):
+    taken = path(which, q, v)
+    if taken == "portable" or not (q.numel() and k.numel() and v.numel()):
         return None
+    if taken == "gluon_fused":
+        fused = import_module("swathe.kernels.attention._gluon_fused")
+        if fused.why_not(q, k, v, Rows(*rest)) is None:
+            return fused
     hopper = import_module("swathe.kernels.attention._gluon_sm90")
     return hopper if hopper.why_not(which, q, k, v, *rest) is None else None
 

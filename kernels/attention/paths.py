@@ -5,8 +5,12 @@ of head sizes, on the GPU of that name (`python -m bench.hopper` makes it). Wher
 nothing the portable kernels run, and also where the others do not serve a call. Lengths, batches
 and masks do not enter: a row's bits must not depend on them.
 
+"gluon_fused" is a backward that makes all gradients in one pass, adding dq up by atomics: reruns
+differ in its last bits, so it is never taken where torch.use_deterministic_algorithms is on, and
+`bench.hopper` puts it into no table. What it does not serve goes to "gluon".
+
 SWATHE_ATTENTION_PATH, read when swathe is imported, overrules the tables: "portable", or "gluon"
-for whatever the Gluon kernels serve.
+for whatever the Gluon kernels serve, or "gluon_fused", which is "gluon" for other passes.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 from swathe.kernels.core.device import arch
 from swathe.kernels.core.tune import device_slug
 
-PATHS = ("portable", "gluon")
+PATHS = ("portable", "gluon", "gluon_fused")
 PASSES = ("forward", "backward", "decode")
 VARIABLE = "SWATHE_ATTENTION_PATH"
 SCHEMA = 1
@@ -46,7 +50,7 @@ _forced = _asked()
 def path(which: str, q: Tensor, v: Tensor) -> str:
     """The path of one of PASSES for heads like q (..., D) and v (..., E)."""
     if _forced is not None:
-        return _forced
+        return _forced if which == "backward" or _forced == "portable" else "gluon"
     return _looked_up(which, q.shape[-1], v.shape[-1], q.device)
 
 
@@ -83,6 +87,8 @@ def read(file: Path) -> Table:
     for row in rows:
         if row["pass"] not in PASSES or row["path"] not in PATHS:
             raise ValueError(f"{file}: row {row}; allowed: pass in {PASSES}, path in {PATHS}")
+        if row["path"] == "gluon_fused" and row["pass"] != "backward":
+            raise ValueError(f"{file}: row {row}; path gluon_fused is of pass backward alone")
     return {(row["pass"], row["D"], row["E"]): row["path"] for row in rows}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from support.gate import TRITON, covered, verify
-from support.gluon_gate import GluonConfiguration, launched
+from support.gluon_gate import GluonConfiguration, launched, wgmma
 from swathe.kernels.attention import _gluon, _gluon_backward
 from swathe.kernels.attention._gluon_backward import blocks_for
 from swathe.kernels.attention._gluon_blocks import FORWARD, boxes, forward_blocks
@@ -59,14 +58,6 @@ def call(name: str, D: int, E: int, dtype: str, given: tuple[str, ...]) -> None:
     else:
         o, lse = empty_forward(q, k, v)
         _gluon_backward.backward(o, lse if "dlse" in given else None, q, k, v, o, lse, *rest)
-
-
-def wgmma(*products: tuple[int, int, str]) -> dict[str, int]:
-    """What products of 64 rows take: numbers summed over, width, and where the rows lie."""
-    found: Counter[str] = Counter()
-    for depth, width, operand in products:
-        found[f"64x{width}x16 {operand}"] += depth // 16
-    return dict(found)
 
 
 def configuration(

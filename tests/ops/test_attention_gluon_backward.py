@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor
 import swathe.kernels.attention._gluon as forward_launchers
 import swathe.kernels.attention._gluon_backward as launchers
 import swathe.kernels.attention._triton as portable
-from support.attention_gluon import rows_of
-from support.attention_gluon_backward import contract_of, formula, misses
+from support.attention_gluon_backward import Call, call_of, contract_of, misses
 from support.gluon import emulated
-from swathe.kernels.attention._triton_rows import Rows
-from swathe.kernels.attention.contract import random, spec_of
+from swathe.kernels.attention.contract import random
 from swathe.kernels.attention.shapes import Shape
 from swathe.kernels.core.contract import Case, Problem, bound_of, measure
 from swathe.kernels.core.testing import Report
@@ -90,31 +88,6 @@ def test_forward_and_backward_are_one_attention() -> None:
     both = contract_of(launchers.backward, forward_launchers.forward)
     with emulated(seed=1):
         assert misses(both, problem_of("one row")) == []
-
-
-class Call(NamedTuple):
-    """Arguments of the launcher, whose last are the fields of Rows."""
-
-    do: Tensor
-    dlse: Tensor | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    lse: Tensor
-    rows: Rows
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return *self[:7], *self.rows
-
-
-def call_of(problem: Problem) -> Call:
-    """A call for the gradients that arrive at a problem's outputs."""
-    q, k, v = (problem.inputs[name] for name in "qkv")
-    rows = rows_of(spec_of(problem), q, k)
-    o, lse = formula(q, k, v, *rows)
-    return Call(problem.arriving["o"], problem.arriving["lse"].contiguous(), q, k, v, o, lse, rows)
 
 
 def gradients(call: Call, seed: int = 0) -> tuple[Tensor, ...]:

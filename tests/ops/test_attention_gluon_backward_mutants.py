@@ -75,7 +75,7 @@ LAUNCHERS: dict[str, tuple[str, str, int]] = {
     "a tile of rows too few": ("(cdiv(T, _QUERIES) * H * B, 1, 1)", "(max(T // _QUERIES, 1) * H * B, 1, 1)", 0),
     "a tile of keys too few": ("(cdiv(S, keys) * K * B, 1, 1)", "(max(S // keys, 1) * K * B, 1, 1)", 0),
     "top-left instead of bottom-right": ("H // K, S - T, float", "H // K, 0, float", 0),
-    "o by the strides of its memory": ("do.transpose(1, 2), o.transpose(1, 2)", "do.transpose(1, 2), o", 0),
+    "o by the strides of its memory": ("v, o.transpose(1, 2)", "v, o", 0),
 }  # fmt: skip
 SMALL = Shape("", 1, 1, 1, 70, 140, 64, 64)
 

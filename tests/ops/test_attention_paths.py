@@ -57,6 +57,14 @@ def test_forced_for_a_while(home: Path) -> None:
     assert paths.path("decode", Q, Q) == "portable"
 
 
+def test_one_pass_is_a_path_of_the_backward_alone(home: Path) -> None:
+    with paths.forced("gluon_fused"):
+        taken = [paths.path(which, Q, Q) for which in paths.PASSES]
+    assert taken == ["gluon", "gluon_fused", "gluon"]
+    paths.write(home / "nvidia_h200.json", {("backward", 128, 128): "gluon_fused"}, {})
+    assert paths._looked_up("backward", 128, 128, GPU) == "gluon_fused"
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -64,6 +72,7 @@ def test_forced_for_a_while(home: Path) -> None:
         {"schema": 1},
         {"schema": 1, "rows": [{"pass": "sideways", "D": 1, "E": 1, "path": "gluon"}]},
         {"schema": 1, "rows": [{"pass": "forward", "D": 1, "E": 1, "path": "fast"}]},
+        {"schema": 1, "rows": [{"pass": "forward", "D": 1, "E": 1, "path": "gluon_fused"}]},
     ],
 )
 def test_what_is_no_table_is_refused(document: object, tmp_path: Path) -> None:
@@ -72,13 +81,13 @@ def test_what_is_no_table_is_refused(document: object, tmp_path: Path) -> None:
         paths.read(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize(("given", "printed"), [("gluon", "gluon"), ("portable", "portable")])
-def test_the_environment_overrules(given: str, printed: str) -> None:
-    assert printed in imported_under(given).stdout
+@pytest.mark.parametrize("given", paths.PATHS)
+def test_the_environment_overrules(given: str) -> None:
+    assert imported_under(given).stdout.split() == [given]
 
 
 def test_an_unknown_path_says_what_is_allowed() -> None:
-    assert "allowed: portable or gluon" in imported_under("fast").stderr
+    assert "allowed: portable or gluon or gluon_fused" in imported_under("fast").stderr
 
 
 def imported_under(given: str) -> subprocess.CompletedProcess[str]:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from support.attention_gluon import rows_of
 from swathe.kernels.attention._triton_rows import Rows
 from swathe.kernels.attention.contract import CONTRACT, spec_of
 from swathe.kernels.attention.eager import expand_heads
@@ -68,3 +69,28 @@ def misses(contract: Contract, problem: Problem) -> list[str]:
     report = Report(problem.label)
     measure(contract, report, Case("", problem), "gluon")
     return report.misses
+
+
+class Call(NamedTuple):
+    """Arguments of the launcher, whose last are the fields of Rows."""
+
+    do: Tensor
+    dlse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+    rows: Rows
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return *self[:7], *self.rows
+
+
+def call_of(problem: Problem) -> Call:
+    """A call for the gradients that arrive at a problem's outputs."""
+    q, k, v = (problem.inputs[name] for name in "qkv")
+    rows = rows_of(spec_of(problem), q, k)
+    o, lse = formula(q, k, v, *rows)
+    return Call(problem.arriving["o"], problem.arriving["lse"].contiguous(), q, k, v, o, lse, rows)

@@ -6,6 +6,7 @@ suffice, and the operands lie where the kernel put them, so these are rules and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
@@ -26,6 +27,14 @@ def launched(kernel: str, call: Callable[[], object]) -> GluonCode:
         compiled = [c for at in launchers for c in at._compiled.values() if c.name == kernel]
     assert len(compiled) == 1, f"{len(compiled)} kernels called {kernel}"
     return read_gluon(compiled[0])
+
+
+def wgmma(*products: tuple[int, int, str]) -> dict[str, int]:
+    """What products of 64 rows take: numbers summed over, width, and where the rows lie."""
+    found: Counter[str] = Counter()
+    for depth, width, operand in products:
+        found[f"64x{width}x16 {operand}"] += depth // 16
+    return dict(found)
 
 
 @dataclass(frozen=True)
