@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,7 +36,7 @@ import torch
 
 from bench import plan
 from bench.gpu import Run
-from bench.record import save
+from bench.record import clocks, save
 from bench.report import aligned, summary
 from bench.subject import Subject, subject
 from swathe.kernels.attention import paths
@@ -47,17 +46,6 @@ Row = dict[str, Any]
 MARGIN = 1.02  # how much faster the Gluon kernels must be to be taken
 PARTS = ("parity", "bench")
 _CLOSING = 8.0
-_CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-
-
-def clocks() -> str:
-    """What nvidia-smi says of the card now; its error where it is not there."""
-    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader"]
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {error}"
-    return run.stdout.strip()
 
 
 def times(results: Row) -> dict[tuple[str, int, int], list[tuple[float, float]]]:

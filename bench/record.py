@@ -17,6 +17,7 @@ from swathe.kernels.core.cpp import isa, why_unavailable
 
 SCHEMA = 2
 ROOT = Path(__file__).parents[1]
+_CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "numpy")
 _PACKAGES += ("flash-attn", "flash-attn-3", "flash-attn-4")
 
@@ -45,6 +46,7 @@ def cpu() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
+        "mhz": mhz(),
         "isa": why_unavailable() or isa(),
     }
 
@@ -60,9 +62,29 @@ def gpu() -> dict[str, Any]:
         "memory_gib": round(facts.total_memory / 2**30, 1),
         "l2_mib": round(facts.L2_cache_size / 2**20, 1),
         "cuda": torch.version.cuda or torch.version.hip,
+        "clocks": clocks(),
         "host_cpu": installation.cpu_model(),
         "host_cores": os.cpu_count(),
     }
+
+
+def clocks() -> str:
+    """What nvidia-smi says of the card now: clocks, power, temperature; its error without it."""
+    command = ["nvidia-smi", f"--query-gpu={_CLOCKS}", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return run.stdout.strip()
+
+
+def mhz() -> list[int] | None:
+    """The clock of each core now, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return [round(float(line.partition(":")[2])) for line in lines if line.startswith("cpu MHz")]
 
 
 def versions() -> dict[str, str]:
