@@ -152,6 +152,7 @@ def test_attention_is_compiled_with_every_path(
         *("one query of 256 keys, portable", "one query of 8192 keys, portable"),
         *("whole, gluon", "causal, gluon"),
         *("one query of 256 keys, gluon", "one query of 8192 keys, gluon"),
+        *("whole, gluon_fused", "causal, gluon_fused"),
     ]
     assert (
         "attention 64x64 bfloat16 one query of 256 keys, portable: _forward_rows"
@@ -159,7 +160,7 @@ def test_attention_is_compiled_with_every_path(
     )
     called.clear()
     assert ahead.main(["--target", "sm_80", "--heads", "64,192x128", "--dtypes", "float16"]) == 0
-    assert len(called) == 16
+    assert len(called) == 20
     assert "kernels compiled for sm_80 and" in capsys.readouterr().out
 
 
