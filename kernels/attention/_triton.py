@@ -54,10 +54,11 @@ _backward_kv_at = Launcher(_triton_backward.backward_kv)
 _backward_bias_at = Launcher(_triton_backward.backward_bias)
 
 
-def _on_hopper(which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> ModuleType | None:
-    """The launchers in Gluon, where paths.py names them and they serve the call."""
-    taken = path(which, q, v)
-    if taken == "portable" or not (q.numel() and k.numel() and v.numel()):
+def _on_hopper(
+    taken: str, which: str, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> ModuleType | None:
+    """The launchers of a path in Gluon, where they serve the call."""
+    if not (q.numel() and k.numel() and v.numel()):
         return None
     if taken == "gluon_fused":
         fused = import_module("swathe.kernels.attention._gluon_fused")
@@ -90,7 +91,8 @@ def _tiles(t: Tensor, rows: int, tma: bool) -> Any:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """o (B, T, H, E) and lse2 (B, H, T) in fp32; `rest` are the fields of Rows."""
-    if hopper := _on_hopper("forward", q, k, v, *rest):
+    taken = path("forward", q, v)
+    if taken != "portable" and (hopper := _on_hopper(taken, "forward", q, k, v, *rest)):
         return hopper.forward(q, k, v, *rest)
     o, lse = empty_forward(q, k, v)
     (B, H, T, D), E, rows = q.shape, v.shape[3], Rows(*rest)
@@ -126,7 +128,8 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and the rows' statistics, as op.py says."""
-    if hopper := _on_hopper("backward", q, k, v, *rest):
+    taken = path("backward", q, v)
+    if taken != "portable" and (hopper := _on_hopper(taken, "backward", q, k, v, *rest)):
         return hopper.backward(do, dlse, q, k, v, o, lse, *rest)
     dq, dk, dv, stats = empty_backward(do, dlse, q, k, v, o, lse)
     (B, H, T, D), (S, E), rows = q.shape, v.shape[2:], Rows(*rest)
@@ -189,7 +192,8 @@ def _backward_kv(
 
 def decode(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """o and lse2 of few queries over a cache; `rest` as _triton_decode.decode."""
-    if hopper := _on_hopper("decode", q, k, v, *rest):
+    taken = path("decode", q, v)
+    if taken != "portable" and (hopper := _on_hopper(taken, "decode", q, k, v, *rest)):
         return hopper.decode(q, k, v, *rest)
     return _triton_decode.decode(q, k, v, *rest)
 
