@@ -70,6 +70,11 @@ class GluonCode(MachineCode):
     copies: dict[str, int] = field(default_factory=dict)
 
     @property
+    def loops(self) -> list[Loop]:
+        """Loops around matrix instructions, in every partition."""
+        return hot_loops(self.sass, waits_aside=True)
+
+    @property
     def partitions(self) -> list[Partition]:
         """What copies or multiplies between one setmaxnreg and the next."""
         return partitions(self.sass, self.registers)

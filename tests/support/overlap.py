@@ -58,16 +58,25 @@ class Loop:
         )
 
 
-def hot_loops(sass: str) -> list[Loop]:
-    """The innermost loops with matrix instructions and exponentials, the shortest first."""
+def hot_loops(sass: str, *, waits_aside: bool = False) -> list[Loop]:
+    """The innermost loops with matrix instructions and exponentials, the shortest first.
+
+    waits_aside: waits for mbarriers stand behind the code and jump back into it, which is no loop.
+    What a loop itself keeps behind the code would hide it then, so it is not asked for by others.
+    """
     lines, labels = parse(sass)
-    ranges = {(labels[t], at) for at, line in enumerate(lines) for t in line.targets if t in labels}
+    ranges = {
+        (labels[t], at)
+        for at, line in enumerate(lines)
+        for t in line.targets
+        if t in labels and (waits_aside or line.text.startswith("BRA"))
+    }
     kept: list[tuple[int, int]] = []
     found: list[Loop] = []
     for start, end in sorted(ranges, key=lambda pair: pair[1] - pair[0]):
         if start > end or any(start <= s and e <= end for s, e in kept):
             continue
-        if not _comes_round(lines, labels, start, end):
+        if waits_aside and not _comes_round(lines, labels, start, end):
             continue
         loop = _read([line.text for line in lines[start : end + 1]])
         if loop.matrix > 1 and loop.exponentials:
