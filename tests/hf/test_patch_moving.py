@@ -57,7 +57,9 @@ def test_what_is_wrong_in_the_new_dtype_is_caught(
     assert {row.reason[:16] for row in report(model).left if row.op == "rms_norm"} == {
         "failed its proof"
     }
-    lost, again = [record.getMessage() for record in caplog.records]
+    # transformers says things of its own
+    ours = [record for record in caplog.records if record.name.startswith("swathe")]
+    lost, again = [record.getMessage() for record in ours]
     assert f"{len(served)} of its modules run their own forward again" in lost
     assert "failed its proof" in lost and "patched anew" in again
     assert paths(model, "gated_mlp_act")  # all else stays
