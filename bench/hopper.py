@@ -14,8 +14,8 @@ Parts   parity: the whole contract and bench.gpu's checks with backend "triton" 
         speed in the same rounds.
 Output  DIR/attention.json as bench.gpu writes it, with the clocks before and after; and
         DIR/paths.json, the decision: for each pass and pair of head sizes the path that was faster,
-        "gluon" only where nothing failed and it is ahead by MARGIN. `--install` writes it beside
-        the kernels too, which is what `import swathe` reads on such a GPU.
+        "gluon" only where parity ran, nothing failed and it is ahead by MARGIN. `--install` writes
+        it beside the kernels too, which is what `import swathe` reads on such a GPU.
 Fused   with `--fused` backend "triton" is on path "gluon_fused" everywhere, whose reruns differ in
         the last bits of dq: checks of bits are left out, memory is not filled with NaN, and no path
         is decided on; backwards in two kernels ("gluon") and in one pass are set side by side.
@@ -58,6 +58,8 @@ def times(results: Row) -> dict[tuple[str, int, int], list[tuple[float, float]]]
     for row in results["benchmarks"]:
         if row["dtype"] == "bfloat16" and "median_us" in row:
             variant = of.variant(row["variant"])
+            if variant.alone:
+                continue  # not of every form
             key = (row["shape"], variant.form, variant.backward)
             cells.setdefault(key, {})[row["backend"]] = row["median_us"]
     found: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
@@ -70,10 +72,11 @@ def times(results: Row) -> dict[tuple[str, int, int], list[tuple[float, float]]]
                 cell[path] - forward[path] if path in cell and path in forward else None
                 for path in ("triton", "gluon")
             )
-        if pair[0] is None or pair[1] is None:
+        portable, gluon = pair
+        if portable is None or gluon is None or min(portable, gluon) <= 0:
             continue
         which = "backward" if backward else "forward" if shape.T > 64 else "decode"
-        found.setdefault((which, shape.D, shape.E), []).append((pair[0], pair[1]))
+        found.setdefault((which, shape.D, shape.E), []).append((portable, gluon))
     return found
 
 
@@ -113,6 +116,9 @@ def weigh(results: Row) -> list[list[str]]:
 
 def _wrong(results: Row) -> str | None:
     """What speaks against the Gluon kernels altogether, or None."""
+    left = [unit for unit in results["skipped"] if unit["kind"] != "bench"]
+    if left or not results["parity"]:
+        return f"parity is not shown: {len(left)} of its units did not run"
     failed = [failure["unit"].get("name", failure["unit"]["kind"]) for failure in results["failed"]]
     failed += [row["output"] for row in results["parity"] if row.get("error")]
     failed += [

@@ -24,7 +24,9 @@ def rows(of_gluon: dict[str, float]) -> list[dict[str, Any]]:
     found = []
     for shape, gluon in of_gluon.items():
         learns = CELLS[shape][0] == "forward"
-        for variant, share in (("causal forward", 1), ("causal forward+backward", 3)):
+        # a backward timed alone, which must not be taken for both passes
+        passes = (("causal forward", 1), ("causal forward+backward", 3), ("causal backward", 9))
+        for variant, share in passes:
             if variant.endswith("backward") and not learns:
                 continue
             for backend, each in (("triton", 100.0), ("gluon", gluon), ("cudnn", 50.0)):
@@ -34,7 +36,12 @@ def rows(of_gluon: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def results(of_gluon: dict[str, float], **more: Any) -> dict[str, Any]:
-    tables: dict[str, Any] = {"failed": [], "parity": [], "checks": []}
+    tables: dict[str, Any] = {
+        "failed": [],
+        "skipped": [],
+        "checks": [],
+        "parity": [{"output": "o"}],
+    }
     return {**tables, "benchmarks": rows(of_gluon), **more}
 
 
@@ -91,6 +98,19 @@ def test_nothing_wrong_ships(wrong: dict[str, Any]) -> None:
     table, lines = hopper.decide(results({"heads_of_128": 50.0}, **wrong))
     assert set(table.values()) == {"portable"}
     assert "1 units are wrong" in lines[0][-1]
+
+
+@pytest.mark.parametrize(
+    "left", [{"parity": []}, {"skipped": [{"kind": "check"}]}], ids=["no parity", "no time"]
+)
+def test_nothing_ships_unproven(left: dict[str, Any]) -> None:
+    table, lines = hopper.decide(results({"heads_of_128": 50.0}, **left))
+    assert set(table.values()) == {"portable"} and "parity is not shown" in lines[0][-1]
+
+
+def test_cells_that_found_no_time_do_not_decide() -> None:
+    table, _ = hopper.decide(results({"heads_of_128": 50.0}, skipped=[{"kind": "bench"}]))
+    assert table["forward", 128, 128] == "gluon"
 
 
 def test_a_gate_that_gluon_misses_keeps_it_out() -> None:

@@ -231,12 +231,12 @@ register_backend(
         capabilities=Capabilities(
             devices=frozenset({"cuda"}),
             dtypes=frozenset({torch.bfloat16, torch.float16}),
-            features=dict.fromkeys(("grouped", "softcap", "alibi", "sinks", "lse"), ANY),
+            features=dict.fromkeys(("grouped", *FEATURES), ANY),
             min_arch=90,
             max_size=576,
         ),
         missing=why_no_triton,
-        limits=_limits_of_hopper,
+        limits=lambda spec: [*_limits_of_hopper(spec), *_limits_of_pages(spec)],
     )
 )
 _cpp = cpp_backend(

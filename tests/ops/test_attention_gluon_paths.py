@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from swathe.kernels.attention.mask import Mask
 from swathe.kernels.attention.shapes import Shape
 from swathe.kernels.core.contract import check
 from swathe.kernels.core.errors import UnsupportedFeature
+from swathe.kernels.core.registry import registered
+from swathe.kernels.core.spec import Spec
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the emulator computes on a CPU")
 bf16, fp16 = torch.bfloat16, torch.float16
@@ -76,3 +80,23 @@ def test_few_queries_take_the_kernel_for_caches(hopper: Stats) -> None:
             portable = attention(q, k, v, seq_lens=lengths, causal=True, implementation="triton")
     assert hopper.product_flops > 0 and hopper.loads > 0
     assert torch.allclose(o.float(), portable.float(), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, None),
+        ({"features": (("paged", True),)}, None),
+        ({"features": (("paged", True),), "grad": True}, "no gradient"),
+        ({"features": (("dropout", True),)}, "dropout"),
+        ({"arch": 100}, "sm_90"),
+        ({"arch": 80}, "sm_90"),
+        ({"arch": None}, "sm_90"),
+        ({"dtype": torch.float32}, "float32"),
+    ],
+)
+def test_what_the_backend_says_before_a_launch(change: dict[str, Any], refused: str | None) -> None:
+    spec = replace(Spec("attention", "cuda", bf16, 128, arch=90), **change)
+    backend = registered("attention")["gluon"]
+    reasons = backend.capabilities.reasons(spec) + backend.limits(spec)
+    assert (refused is None and not reasons) or str(refused) in " ".join(reasons), reasons
